@@ -1,0 +1,42 @@
+"""Packaging of Muster. Exact tested versions are in constraints.txt; these are lower bounds."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+
+setup(
+    name="muster",
+    version="0.1.0",
+    description="Start one JAX training program on many machines and keep it alive until it is done.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["launch*", "trainer*", "configs*"]),
+    install_requires=[
+        "jax>=0.10.0",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "absl-py>=2.3.0",
+        "ml-collections>=1.1.0",
+        "array-record>=0.8.0",
+        "tensorboardX>=2.6.4",
+        "xxhash>=3.5.0",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "test": ["pytest>=8.4", "pytest-timeout>=2.4", "hypothesis>=6.130", "ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["muster=launch.main:console"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)

@@ -1,0 +1,113 @@
+"""What a user brings: a model, its loss and its data."""
+
+from __future__ import annotations
+
+import abc
+import importlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import grain
+import jax
+from flax import nnx
+
+from launch.spec import ConfigError, closest
+
+Batch = Mapping[str, jax.Array]
+
+
+class Loss(NamedTuple):
+    """A loss whose mean over the global batch is `total / weight`, exactly, however it is split.
+
+    Attributes:
+      total: scalar float32, the sum over examples (or tokens) of this part of the batch.
+      weight: scalar float32, over how many examples (or tokens) `total` was summed.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+
+
+class Task(abc.ABC):
+    """A model, its loss and its data; a config names the class by its import path.
+
+    The trainer makes one `Task(model=config.model, data=config.data)` on every process, before
+    `jax.distributed` is set up: check the sections there, and raise
+    `launch.spec.ConfigError` for what is wrong in them.
+    """
+
+    def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any]):
+        self.model_config = model
+        self.data_config = data
+
+    @abc.abstractmethod
+    def make_model(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Make the model. Traced under jit: every array is born in its own sharding."""
+
+    @abc.abstractmethod
+    def loss(self, model: Any, batch: Batch) -> Loss | jax.Array:
+        """The loss of a batch, arrays [B, ...]. A scalar is taken as the mean over B examples."""
+
+    @abc.abstractmethod
+    def train_data(self, seed: int) -> grain.MapDataset:
+        """Examples in training order (shuffled, repeated): element i is a dict of numpy arrays.
+
+        Must depend on nothing but the config and `seed`: the trainer gives each process its own
+        rows of every global batch by index.
+        """
+
+    def eval_data(self) -> grain.MapDataset | None:
+        """Held-out examples in a fixed order, or None."""
+        return None
+
+    def describe(self) -> str:
+        """A line or two about the data, printed by the lead process at the start."""
+        return ""
+
+    def flops_per_example(self, model: Any) -> float | None:
+        """Model FLOPs of one example's forward and backward pass, for MFU; None if not known."""
+        del model
+        return None
+
+    def tokens_per_example(self) -> int:
+        """Tokens in one example, for throughput."""
+        return 1
+
+    def finish(self, model: Any, key: jax.Array) -> Mapping[str, jax.Array] | None:
+        """Compute something to show at the end, under jit. Collective: every process calls it."""
+        del model, key
+        return None
+
+    def show(self, results: Mapping[str, Any]) -> str:
+        """The lead process prints this of what `finish` computed (as numpy arrays)."""
+        return "\n".join(f"{name}: {value}" for name, value in results.items())
+
+
+def load_task(path: str, model: Mapping[str, Any], data: Mapping[str, Any]) -> Task:
+    """Import `package.module:Class` and make it.
+
+    Raises:
+      ConfigError: no such module or class, or a section that the task refuses.
+    """
+    module_name, class_name = path.split(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # The module is there; what it imports is not.
+        raise ConfigError(
+            "config.task", f"no module {error.name!r}; is it on PYTHONPATH?", path
+        ) from None
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        tasks = [name for name, value in vars(module).items() if _is_task(value)]
+        raise ConfigError(
+            "config.task",
+            f"{module_name} has no Task called {class_name!r}; {closest(class_name, tasks)}",
+            path,
+        )
+    return found(model=model, data=data)
+
+
+def _is_task(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Task) and value is not Task
