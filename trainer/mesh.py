@@ -1,0 +1,66 @@
+"""Axis sizes to a device mesh, within slices (ICI) and across them (DCN)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from launch.spec import AXES, BATCH_AXES, ConfigError, MeshSpec
+
+
+def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
+    """Lay devices out as a mesh with axes `data`, `fsdp`, `tensor`, all of type Auto.
+
+    Within a slice the fastest links go to the innermost axis (`tensor`). Across slices only `data`
+    and `fsdp` reach, by their `dcn_` degrees, as the outer part of the axis.
+
+    Args:
+      spec: a resolved MeshSpec: its sizes multiply out to the number of devices.
+      devices: all devices of the gang; `jax.devices()` by default. Their order is the same on
+        every process.
+
+    Raises:
+      ConfigError: the `dcn_` degrees are not the number of slices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    dcn = (spec.dcn_data, spec.dcn_fsdp, 1)
+    ici = (spec.data, spec.fsdp, spec.tensor)
+    dcn_size = spec.dcn_data * spec.dcn_fsdp
+    if dcn_size == 1 and num_slices == 1:
+        grid = _within_slice(ici, devices)
+    elif dcn_size != num_slices:
+        raise ConfigError(
+            "config.mesh",
+            f"dcn_data={spec.dcn_data} * dcn_fsdp={spec.dcn_fsdp} = {dcn_size}, but the devices "
+            f"form {num_slices} slice(s); make the product {num_slices}",
+        )
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(ici, dcn, devices=devices)
+    # Auto, because under jax.make_mesh's default (Explicit) a sharding constraint is only an
+    # assertion and NNX layers do not trace.
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _within_slice(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """The grid of one slice: topology-aware on TPU, in order of process elsewhere."""
+    if devices[0].platform == "tpu":
+        return mesh_utils.create_device_mesh(shape, devices=devices)
+    # CPU and GPU devices come in order of process; keeping it puts the innermost axes inside of
+    # a process and gives each process one contiguous block of the batch.
+    return np.asarray(devices).reshape(shape)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: arrays [B, ...] split over `data` and `fsdp` on dim 0."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
