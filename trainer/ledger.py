@@ -121,7 +121,9 @@ def make_ledger(layout: StateLayout) -> Ledger:
         missing = tuple(
             axis
             for axis in STATE_AXES
-            if mesh_shape[axis] > 1 and axis not in mesh_axes_of(leaf.sharding.spec)
+            if leaf.size > 1  # A scalar has nothing to split.
+            and mesh_shape[axis] > 1
+            and axis not in mesh_axes_of(leaf.sharding.spec)
         )
         split = math.prod(mesh_shape[axis] for axis in missing)
         entries.append(

@@ -28,26 +28,29 @@ def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
       ConfigError: the `dcn_` degrees are not the number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
+    # Auto, because under jax.make_mesh's default (Explicit) a sharding constraint is only an
+    # assertion and NNX layers do not trace.
+    return Mesh(device_grid(spec, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def device_grid(spec: MeshSpec, devices: Sequence[Any]) -> np.ndarray:
+    """Devices as an array [data, fsdp, tensor], slices outermost; arguments as for `make_mesh`."""
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
-    dcn = (spec.dcn_data, spec.dcn_fsdp, 1)
     ici = (spec.data, spec.fsdp, spec.tensor)
+    dcn = (spec.dcn_data, spec.dcn_fsdp, 1)
     dcn_size = spec.dcn_data * spec.dcn_fsdp
-    if dcn_size == 1 and num_slices == 1:
-        grid = _within_slice(ici, devices)
-    elif dcn_size != num_slices:
+    if dcn_size != num_slices:
         raise ConfigError(
             "config.mesh",
             f"dcn_data={spec.dcn_data} * dcn_fsdp={spec.dcn_fsdp} = {dcn_size}, but the devices "
             f"form {num_slices} slice(s); make the product {num_slices}",
         )
-    else:
-        grid = mesh_utils.create_hybrid_device_mesh(ici, dcn, devices=devices)
-    # Auto, because under jax.make_mesh's default (Explicit) a sharding constraint is only an
-    # assertion and NNX layers do not trace.
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if num_slices == 1:
+        return _within_slice(ici, devices)
+    return mesh_utils.create_hybrid_device_mesh(ici, dcn, devices=devices)
 
 
-def _within_slice(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+def _within_slice(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """The grid of one slice: topology-aware on TPU, in order of process elsewhere."""
     if devices[0].platform == "tpu":
         return mesh_utils.create_device_mesh(shape, devices=devices)

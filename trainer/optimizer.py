@@ -49,16 +49,21 @@ def make_optimizer(config: Mapping[str, Any]) -> Optimizer:
         raise ConfigError(
             f"{FIELD}.chain", "must be a tuple of Optax names, e.g. ('adamw',)", chain
         )
+    functions = {name: _lookup(name) for name in chain}
     for name in config:
         if name != "chain" and name not in chain:
             raise ConfigError(f"{FIELD}.{name}", f"not in the chain; {closest(name, chain)}")
-    transformations, learning_rate = [], None
+    transformations: list[optax.GradientTransformation] = []
+    learning_rate = None
     for name in chain:
         arguments = {
             key: _maybe_schedule(f"{FIELD}.{name}.{key}", value)
             for key, value in config.get(name, {}).items()
         }
-        transformations.append(_call(f"{FIELD}.{name}", _lookup(name), arguments))
+        made = _call(f"{FIELD}.{name}", functions[name], arguments)
+        if not isinstance(made, optax.GradientTransformation):
+            raise ConfigError(f"{FIELD}.chain", f"optax.{name} does not make a transformation")
+        transformations.append(made)
         if learning_rate is None and "learning_rate" in arguments:
             learning_rate = _as_schedule(arguments["learning_rate"])
     return Optimizer(optax.chain(*transformations), learning_rate)

@@ -64,14 +64,17 @@ class Task(abc.ABC):
         """A line or two about the data, printed by the lead process at the start."""
         return ""
 
-    def flops_per_example(self, model: Any) -> float | None:
+    def flops_per_example(self) -> float | None:
         """Model FLOPs of one example's forward and backward pass, for MFU; None if not known."""
-        del model
         return None
 
     def tokens_per_example(self) -> int:
         """Tokens in one example, for throughput."""
         return 1
+
+    def verdict(self, eval_loss: float) -> str:
+        """What the final held-out loss means, printed by the lead process at the end."""
+        return f"held-out loss {eval_loss:.4f}"
 
     def finish(self, model: Any, key: jax.Array) -> Mapping[str, jax.Array] | None:
         """Compute something to show at the end, under jit. Collective: every process calls it."""

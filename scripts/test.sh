@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Set everything up in .venv, then check the code and run the tests. Arguments go to pytest:
+#
+#   scripts/test.sh                 everything (lint, types, all tests)
+#   scripts/test.sh tests/unit      the quick part of the tests, after lint and types
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup_env.sh .venv test
+.venv/bin/ruff format --check --quiet . || { echo "run: .venv/bin/ruff format ." >&2; exit 1; }
+.venv/bin/ruff check --quiet .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest "$@"

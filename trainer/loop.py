@@ -1,0 +1,127 @@
+"""The training loop. It dispatches a step, and reads the metrics of the one before."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+
+from launch.contract import report_progress
+from trainer.report import Reporter
+from trainer.state import Leaves, StateLayout
+
+
+class Batches(Protocol):
+    """Global batches with a position that a checkpoint can hold."""
+
+    wait_seconds: float
+
+    def __next__(self) -> Any: ...
+    def position(self) -> dict[str, Any]: ...
+
+
+class Saver(Protocol):
+    """What the loop asks of a `trainer.checkpoint.Checkpointer`."""
+
+    def due(self, step: int) -> bool: ...
+    def save(self, step: int, state: dict, position: dict, *, final: bool = False) -> float: ...
+    def check(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """The parts of a loop.
+
+    Attributes:
+      layout: of the train state.
+      num_steps: where to stop.
+      eval_every_steps: 0 for never.
+      train_step: (leaves, batch) -> (leaves, metrics), compiled; it donates the leaves.
+      batches: this process's part of every global batch, as global arrays.
+      saver: checkpoints.
+      reporter: metrics.
+      stop_agreed: whether all processes stop after this step. Collective.
+      evaluate: leaves -> mean held-out loss. Collective.
+    """
+
+    layout: StateLayout
+    num_steps: int
+    eval_every_steps: int
+    train_step: Callable[[Leaves, Any], tuple[Leaves, Any]]
+    batches: Batches
+    saver: Saver
+    reporter: Reporter
+    stop_agreed: Callable[[int], bool]
+    evaluate: Callable[[Leaves], float]
+
+    def run(self, leaves: Leaves, step: int) -> Ended:
+        """Train from `step` to `num_steps`, or until a stop is agreed.
+
+        Collective: every process must call this, with the same step.
+
+        Returns:
+          The state after the last step, which has been handed to the saver.
+        """
+        batch = next(self.batches) if step < self.num_steps else None
+        stopped = False
+        report_progress(step, "step")
+        # Any transfer that nobody asked for by name would stall the queue of dispatched steps.
+        with jax.transfer_guard("disallow"):
+            while step < self.num_steps and not stopped:
+                leaves, metrics = self.train_step(leaves, batch)
+                step += 1
+                # What a resume needs: the position behind this step's batch, read before the next
+                # batch is fetched while the device is busy.
+                position = self.batches.position()
+                if step < self.num_steps:
+                    batch = next(self.batches)
+                self.reporter.add(step, metrics, self.batches.wait_seconds)
+                stopped = self.stop_agreed(step)
+                ended = stopped or step == self.num_steps
+                if ended or self.saver.due(step):
+                    self._save(leaves, step, position, final=ended)
+                if self._eval_due(step) and not stopped:
+                    self._evaluate(leaves, step)
+                self.saver.check()
+        return Ended(leaves, step, stopped)
+
+    def _save(self, leaves: Leaves, step: int, position: dict, final: bool) -> None:
+        # A state whose loss is not finite must never become the newest checkpoint.
+        self.reporter.flush()
+        report_progress(step, "save")
+        state = self.layout.as_dict(leaves)
+        self.reporter.spent_saving(self.saver.save(step, state, position, final=final))
+        report_progress(step, "step")
+
+    def _eval_due(self, step: int) -> bool:
+        every = self.eval_every_steps
+        return every > 0 and (step % every == 0 or step == self.num_steps)
+
+    def _evaluate(self, leaves: Leaves, step: int) -> None:
+        self.reporter.flush()
+        report_progress(step, "eval")
+        with self.reporter.not_stepping():
+            self.reporter.evaluated(step, self.evaluate(leaves))
+        report_progress(step, "step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a loop ended: the state, the step it is at, and whether it was told to stop early."""
+
+    leaves: Leaves
+    step: int
+    stopped: bool
+
+
+def mean_loss(
+    eval_step: Callable[[Leaves, Any], tuple[jax.Array, jax.Array]],
+    leaves: Leaves,
+    batches: Iterator[Any],
+) -> float:
+    """Mean loss over some batches: sum of totals over sum of weights, read once at the end."""
+    sums = [eval_step(leaves, batch) for batch in batches]
+    totals, weights = zip(*jax.device_get(sums), strict=True)
+    return float(sum(totals) / sum(weights))

@@ -1,0 +1,211 @@
+"""One training, from top to bottom: mesh, state, data, restore, compile, loop, finish."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from launch import contract
+from launch.spec import TrainSpec
+from launch.topology import peak_flops
+from trainer import distributed
+from trainer.checkpoint import Checkpointer
+from trainer.data.feed import Feed
+from trainer.ledger import check_replication, make_ledger
+from trainer.loop import Ended, Loop, mean_loss
+from trainer.mesh import make_mesh, replicated
+from trainer.metrics import MetricWriter, Progress
+from trainer.optimizer import Optimizer, make_optimizer
+from trainer.preemption import StopSignal
+from trainer.report import Reporter
+from trainer.sharding import make_rules
+from trainer.state import Leaves, StateLayout, init_state, make_layout
+from trainer.step import compile_eval_step, compile_train_step
+from trainer.task import Task
+
+def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> int:
+    """Train until `spec.num_steps` or until told to stop; resumes what `workdir` holds.
+
+    Collective: every process of the gang must call this, after `distributed.initialize`.
+
+    Args:
+      spec: resolved for the number of devices.
+      task: the model, its loss and its data.
+      workdir: the run directory, on a file system that all processes share.
+      config: the resolved config as plain JSON, for the records.
+
+    Returns:
+      The exit code: EXIT_DONE, or EXIT_RESUMABLE when stopped early with a checkpoint.
+    """
+    # ------------------------------------------------------------------ mesh and state's layout
+    contract.report_progress(0, "init")
+    mesh = make_mesh(spec.mesh)
+    rules = make_rules(spec.sharding.rules, mesh)
+    optimizer = make_optimizer(spec.optimizer)
+    layout = make_layout(task, optimizer.tx, mesh, rules, spec.seed)
+    ledger = make_ledger(layout)
+    check_replication(ledger, spec.sharding.max_replicated_bytes)
+    say(ledger.as_text())
+
+    # ------------------------------------------------------------------ data
+    feed = Feed(task.train_data(spec.seed), spec.global_batch_size, mesh, "training data")
+    if text := task.describe():
+        say(text)
+
+    # ------------------------------------------------------------------ records
+    if distributed.is_lead():
+        os.makedirs(workdir, exist_ok=True)
+        _write_json(workdir, contract.CONFIG_RECORD, config)
+        _write_json(workdir, contract.LEDGER_RECORD, ledger.as_record())
+
+    # ------------------------------------------------------------------ restore, or a fresh state
+    contract.report_progress(0, "restore")
+    directory = os.path.join(workdir, contract.CHECKPOINTS)
+    saver = Checkpointer(directory, spec.checkpoint, config=config, log_every=spec.log_every_steps)
+    restored = saver.restore(layout.as_dict(layout.abstract))
+    if restored is None:
+        step, leaves = 0, init_state(layout)
+    else:
+        step, leaves = restored.step, layout.from_dict(restored.state)
+        feed.restore(restored.data_position)
+        say(f"resumed from step {step} ({directory}/{step})")
+    if step >= spec.num_steps:
+        say(
+            f"already at step {step}, nothing to train: --config.num_steps={2 * step}, say, "
+            "trains on"
+        )
+
+    # ------------------------------------------------------------------ compile
+    contract.report_progress(step, "compile")
+    began = time.monotonic()
+    train_step = None
+    if step < spec.num_steps:
+        batch = feed.abstract()
+        train_step = compile_train_step(
+            task, layout, batch, optimizer, num_microbatches=spec.num_microbatches
+        )
+        say(f"compiled the training step in {time.monotonic() - began:.1f} s")
+
+    # ------------------------------------------------------------------ loop
+    reporter = make_reporter(spec, task, layout, optimizer, workdir, step)
+    evaluate = make_evaluate(spec, task, layout)
+    loop = Loop(
+        layout=layout,
+        num_steps=spec.num_steps,
+        eval_every_steps=spec.eval.every_steps if evaluate else 0,
+        train_step=train_step,
+        batches=feed,
+        saver=saver,
+        reporter=reporter,
+        stop_agreed=StopSignal().agreed,
+        evaluate=evaluate,
+    )
+    reporter.start(step)
+    ended = loop.run(leaves, step)
+    saver.wait()
+
+    # ------------------------------------------------------------------ finish
+    code = contract.EXIT_RESUMABLE if ended.stopped else contract.EXIT_DONE
+    if ended.stopped:
+        say(f"told to stop: step {ended.step} is saved, the same command resumes from it")
+    else:
+        finish(task, layout, ended, reporter, spec.seed)
+    say(f"checkpoints: {directory}")
+    say(f"metrics and TensorBoard events: {workdir}")
+    saver.close()
+    feed.close()
+    return code
+
+
+def make_reporter(
+    spec: TrainSpec, task: Task, layout: StateLayout, optimizer: Optimizer, workdir: str, step: int
+) -> Reporter:
+    """A Reporter that writes the lead's files and progress lines, and nothing elsewhere."""
+    devices = layout.mesh.devices.size
+    peak = peak_flops(jax.devices()[0].device_kind)
+    flops = task.flops_per_example()
+
+    def mfu(step_seconds: float) -> float | None:
+        if not (peak and flops and step_seconds):
+            return None
+        return flops * spec.global_batch_size / step_seconds / (peak * devices)
+
+    def write(_: dict[str, Any]) -> None:
+        pass
+
+    if distributed.is_lead():
+        writer = MetricWriter(workdir, resume_step=step)
+        progress = Progress(spec.num_steps)
+
+        def write(record: dict[str, Any]) -> None:
+            writer.write(record)
+            progress.show(record)
+
+    return Reporter(
+        write,
+        log_every_steps=spec.log_every_steps,
+        num_steps=spec.num_steps,
+        learning_rate=optimizer.learning_rate,
+        tokens_per_step=spec.global_batch_size * task.tokens_per_example(),
+        mfu=mfu,
+    )
+
+
+def make_evaluate(
+    spec: TrainSpec, task: Task, layout: StateLayout
+) -> Callable[[Leaves], float] | None:
+    """Mean loss over the first `eval.num_batches` held-out batches; None without any.
+
+    The evaluation step is compiled at its first use.
+    """
+    dataset = task.eval_data() if spec.eval.every_steps else None
+    if dataset is None:
+        return None
+    compiled: list[Any] = []
+
+    def evaluate(leaves: Leaves) -> float:
+        feed = Feed(dataset, spec.global_batch_size, layout.mesh, "held-out data", endless=False)
+        try:
+            if not compiled:
+                compiled.append(compile_eval_step(task, layout, feed.abstract()))
+            batches = itertools.islice(feed, spec.eval.num_batches)
+            return mean_loss(compiled[0], leaves, batches)
+        finally:
+            feed.close()
+
+    return evaluate
+
+
+def finish(task: Task, layout: StateLayout, ended: Ended, reporter: Reporter, seed: int) -> None:
+    """Show what the task wants to show of the trained model. Collective."""
+    if reporter.last_eval_loss is not None:
+        say(f"done at step {ended.step}: {task.verdict(reporter.last_eval_loss)}")
+    else:
+        say(f"done at step {ended.step}")
+
+    def run(leaves: list[jax.Array]) -> Any:
+        model, _ = layout.merge(leaves)
+        model.eval()
+        return task.finish(model, jax.random.key(seed))
+
+    results = jax.jit(run, out_shardings=replicated(layout.mesh))(ended.leaves)
+    if results is not None and distributed.is_lead():
+        print(task.show({name: np.asarray(value) for name, value in results.items()}), flush=True)
+
+
+def say(text: str) -> None:
+    """Print on the lead process only."""
+    if distributed.is_lead():
+        print(text, flush=True)
+
+
+def _write_json(workdir: str, name: str, record: dict[str, Any]) -> None:
+    text = json.dumps(record, indent=2, sort_keys=True)
+    contract.write_atomically(os.path.join(workdir, name), text + "\n")
