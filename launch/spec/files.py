@@ -149,7 +149,8 @@ def _take_overrides(
     open_sections: Sequence[str],
 ) -> tuple[list[str], list[str]]:
     """Split off the overrides, each checked to name a field, in the form `--flag.field=value`."""
-    overrides, rest = [], []
+    overrides: list[str] = []
+    rest: list[str] = []
     arguments = list(argv)
     while arguments:
         arg = arguments.pop(0)
