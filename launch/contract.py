@@ -100,14 +100,25 @@ def report_progress(step: int, phase: str = "step", **extra: object) -> None:
     path = os.environ.get(PROGRESS_FILE)
     if not path:
         return
-    record = {"schema": SCHEMA, "step": step, "phase": phase, "time": time.time(), **extra}
-    write_atomically(path, json.dumps(record))
+    first_step = _first_step.setdefault(path, step)
+    record = {"schema": SCHEMA, "step": step, "first_step": first_step, "phase": phase}
+    write_atomically(path, json.dumps({**record, "time": time.time(), **extra}))
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new, never half of it."""
+_first_step: dict[str, int] = {}  # Progress file -> the first step reported to it.
+
+
+def write_atomically(path: str | os.PathLike[str], text: str, mode: int = 0o666) -> None:
+    """Write a small file so that a reader sees the old text or the new, never half of it.
+
+    Args:
+      path: the file.
+      text: its new content.
+      mode: permission bits of a new file, less the umask.
+    """
     # The process id keeps two writers of one path from meeting in the temporary file.
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with open(fd, "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(temporary, path)

@@ -1,15 +1,21 @@
-"""This machine: one host, 2 processes of 4 CPU devices each in one gang.
+"""This machine as a cluster: 2 processes of 4 CPU devices each, in one gang.
 
-    muster run --config=configs/lm_bytes.py --cluster=configs/cluster/local.py --workdir=runs/quickstart
+    muster run --config=configs/lm_bytes.py --cluster=configs/cluster/local.py --workdir=runs/first
+
+More processes: `--cluster.processes_per_host=4`. Rehearse two machines: `--cluster.hosts=2`.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import config_dict
 
 
-def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.backend = "local"
-    config.hosts = 1  # On the local backend a host is one agent process.
-    config.processes_per_host = 2
-    config.devices_per_process = 4  # Simulated CPU devices.
-    return config
+def get_config() -> config_dict.ConfigDict:
+    return config_dict.ConfigDict(
+        {
+            "backend": "local",
+            "hosts": 1,  # each is one agent process, standing for a machine
+            "processes_per_host": 2,
+            "devices_per_process": 4,  # CPU devices; they share this machine's cores
+            "grace_seconds": 60.0,  # after Ctrl-C or SIGTERM, to save a checkpoint
+            "env": {},  # `--cluster.env.NAME=VALUE` adds to it
+        }
+    )

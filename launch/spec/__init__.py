@@ -1,7 +1,10 @@
 """Frozen, validated specifications, made from ConfigDicts at one boundary."""
 
+from launch.spec.cluster import Cluster, RestartPolicy, cluster_spec
+from launch.spec.compare import Difference, compare_configs
 from launch.spec.errors import ConfigError, closest
 from launch.spec.fields import build, plain, require
+from launch.spec.files import LoadedConfig, load_config
 from launch.spec.job import (
     AXES,
     BATCH_AXES,
@@ -17,13 +20,20 @@ __all__ = [
     "AXES",
     "BATCH_AXES",
     "CheckpointSpec",
+    "Cluster",
     "ConfigError",
+    "Difference",
     "EvalSpec",
+    "LoadedConfig",
     "MeshSpec",
+    "RestartPolicy",
     "ShardingSpec",
     "TrainSpec",
     "build",
     "closest",
+    "cluster_spec",
+    "compare_configs",
+    "load_config",
     "plain",
     "require",
     "train_spec",

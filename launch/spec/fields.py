@@ -54,9 +54,7 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
         full = f"{where}.{name}" if where else name
         if name in values:
             kwargs[name] = _convert(hints[name], values[name], full)
-        elif (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        ):
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(full, "missing; the config must set it")
     try:
         return cls(**kwargs)

@@ -34,7 +34,9 @@ class MeshSpec:
     def __post_init__(self) -> None:
         for name in AXES:
             value = getattr(self, name)
-            require(value == -1 or value >= 1, name, value, "must be at least 1, or -1 for the rest")
+            require(
+                value == -1 or value >= 1, name, value, "must be at least 1, or -1 for the rest"
+            )
         for name in ("dcn_data", "dcn_fsdp"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         free = [name for name in AXES if getattr(self, name) == -1]

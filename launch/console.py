@@ -1,0 +1,173 @@
+"""What the user sees of a run: the processes' lines as they come, and the launcher's own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import contract, rundir
+
+_READ_BYTES = 1 << 18  # Most that is read of one log in one go.
+_BEHIND_BYTES = 1 << 21  # Further behind than this, the reader skips ahead.
+_TAIL_BYTES = 1 << 16  # Where it goes on, and what is searched for a log's last lines.
+_LINE_BYTES = 1 << 14  # A longer line is shown in parts.
+
+
+class LogFollower:
+    """Reads the lines that are added to one log, in bounded memory."""
+
+    def __init__(self, path: Path, offset: int = 0):
+        """Start at byte `offset`."""
+        self.path = path
+        self._offset = offset
+        self._partial = b""
+        self._fd: int | None = None
+
+    def read(self, last: bool = False) -> list[bytes]:
+        """New lines, without their ends; `last` gives an unfinished one too."""
+        if self._fd is None:
+            try:
+                self._fd = os.open(self.path, os.O_RDONLY)
+            except FileNotFoundError:
+                return []
+        lines: list[bytes] = []
+        behind = os.fstat(self._fd).st_size - self._offset
+        if behind > _BEHIND_BYTES:
+            skipped = behind - _TAIL_BYTES
+            self._offset += skipped
+            self._partial = b""
+            megabytes = skipped / 1e6
+            lines.append(f"[{megabytes:.1f} MB not shown; all of it is in {self.path}]".encode())
+            # The line on which it lands has lost its beginning.
+            start = os.pread(self._fd, _TAIL_BYTES, self._offset).find(b"\n") + 1
+            self._offset += start
+            behind -= skipped + start
+        while behind > 0:
+            data = os.pread(self._fd, min(_READ_BYTES, behind), self._offset)
+            if not data:
+                break
+            self._offset += len(data)
+            behind -= len(data)
+            *complete, self._partial = (self._partial + data).split(b"\n")
+            lines += complete
+            if len(self._partial) > _LINE_BYTES:
+                lines.append(self._partial)
+                self._partial = b""
+        if last and self._partial:
+            lines.append(self._partial)
+            self._partial = b""
+        return lines
+
+    def close(self) -> None:
+        """Give the file back."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+class Console:
+    """Shows followed logs on standard output and the launcher's own words on standard error.
+
+    On a terminal the lead's newest progress line stays in place.
+    """
+
+    def __init__(self, attempt: Path, num_processes: int, shown: Sequence[int], prefixed: bool):
+        """Show the processes in `shown`; `prefixed` marks each line with its process."""
+        self._num_processes = num_processes
+        self._prefixed = prefixed
+        self._followers = {i: LogFollower(rundir.log_path(attempt, i)) for i in shown}
+        self._in_place = sys.stdout.isatty() and not prefixed
+        self._progress_shown = False
+        self._broken = False
+
+    def show_new(self, last: bool = False) -> None:
+        """Show what was logged since the last call."""
+        for process_id, follower in self._followers.items():
+            prefix = f"[process {process_id}/{self._num_processes}] ".encode()
+            for line in follower.read(last):
+                self._show(prefix + line if self._prefixed else line)
+        if last:
+            self._leave_progress()
+        self._flush()
+
+    def say(self, text: str) -> None:
+        """Print words of the launcher's own."""
+        self._leave_progress()
+        self._flush()
+        # Is the terminal gone? Its hang-up signal decides what becomes of the run.
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+
+    def _show(self, line: bytes) -> None:
+        progress = self._in_place and line.startswith(contract.PROGRESS_PREFIX.encode())
+        if progress:
+            columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
+            text = line.decode("utf-8", "replace")[: columns - 1]
+            self._write(b"\r" + text.encode() + b"\x1b[K")
+        else:
+            start = b"\r\x1b[K" if self._progress_shown else b""
+            self._write(start + line + b"\n")
+        self._progress_shown = progress
+
+    def _leave_progress(self) -> None:
+        if self._progress_shown:
+            self._write(b"\n")
+            self._progress_shown = False
+
+    def _write(self, data: bytes) -> None:
+        if self._broken:
+            return
+        try:
+            sys.stdout.buffer.write(data)
+        except OSError:
+            self._break_off()
+
+    def _flush(self) -> None:
+        if self._broken:
+            return
+        try:
+            sys.stdout.buffer.flush()
+        except OSError:
+            self._break_off()
+
+    def _break_off(self) -> None:
+        """Nobody reads any more (`muster run | head`): the run goes on, its logs have it all."""
+        self._broken = True
+        # What is still buffered must go somewhere when the interpreter closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last lines of a log, however large it is."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return []
+    return [line for line in lines if line.strip()][-count:]
+
+
+def explain_failure(message: str, log: Path, config_error: bool, count: int = 20) -> str:
+    """What to tell the user about a failed process: who, how, its last words, where the rest is.
+
+    Args:
+      message: who failed and how.
+      log: the guilty process's log, the only one quoted.
+      config_error: the program said that its command or config is wrong; then its own last lines
+        that start with `error:` say it all.
+      count: how many last lines to quote otherwise.
+    """
+    lines = last_lines(log, 200 if config_error else count)
+    errors = [line for line in lines if line.lower().startswith("error:")]
+    if config_error and errors:
+        return "muster: " + errors[-1]
+    told = [f"muster: error: {message}"]
+    if lines:
+        told += ["muster: its last lines:", *(f"    {line}" for line in lines[-count:])]
+        told += [f"muster: full log: {log}"]
+    return "\n".join(told)

@@ -1,0 +1,128 @@
+"""The command line of Muster."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from launch import contract
+from launch.spec.errors import ConfigError, closest
+
+HELP = """\
+Muster starts one program on many processes and keeps them together.
+
+  muster run --config=FILE --cluster=FILE --workdir=DIR [--config.x.y=V] [--cluster.x=V]
+      train what the config says (python -m trainer.main)
+  muster run --cluster=FILE --workdir=DIR -- PROGRAM ARGUMENTS...
+      run any program; jax.distributed.initialize() without arguments joins the gang
+  muster status RUN [--json]
+      attempts, causes, steps; RUN is a run directory
+  muster logs RUN [--process=K] [--attempt=K] [--follow]
+      a process's output, process 0's of the newest attempt by default
+
+flags of run:
+  --config=FILE[:VARIANT]   what to train, a file with get_config()
+  --cluster=FILE[:VARIANT]  where, e.g. configs/cluster/local.py
+  --workdir=DIR             the run directory; a run that is there already is resumed
+  --process=all|K           show every process's lines, or process K's instead of the lead's
+  --dry_run                 print the commands and their environment, start nothing
+
+exit codes: 0 done, 1 the program failed, 2 the command or config is wrong,
+            75 stopped early, to be resumed by the same command
+"""
+
+# Flags by command; True for one that takes no value. `--config`, `--cluster` are load_config's.
+_FLAGS: dict[str, dict[str, bool]] = {
+    "run": {"workdir": False, "process": False, "dry_run": True},
+    "status": {"json": True},
+    "logs": {"process": False, "attempt": False, "follow": True},
+}
+_CONFIG_FLAGS = ("config", "cluster")
+
+
+def console() -> None:
+    """Entry point of the `muster` script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Carry out one command line; returns the exit code."""
+    try:
+        return _dispatch(list(argv))
+    except ConfigError as error:
+        print(f"muster: error: {error}", file=sys.stderr)
+        return contract.EXIT_CONFIG
+    except KeyboardInterrupt:
+        return contract.EXIT_RESUMABLE  # Nothing was started yet, or `logs --follow` was enough.
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv:
+        print(HELP, file=sys.stderr, end="")
+        return contract.EXIT_CONFIG
+    before_program = argv[: argv.index("--")] if "--" in argv else argv
+    if argv[0] == "help" or any(arg in ("--help", "-h", "-help") for arg in before_program):
+        print(HELP, end="")
+        return contract.EXIT_DONE
+    command, rest = argv[0], argv[1:]
+    if command not in _FLAGS:
+        raise ConfigError("", f"no command {command!r}; {closest(command, _FLAGS)}")
+    flags, arguments = split_flags(command, rest)
+    if command == "run":
+        from launch import run
+
+        request = run.make_request(arguments, flags, ["muster", *argv])
+        if "dry_run" in flags:
+            run.dry_run(request)
+            return contract.EXIT_DONE
+        return run.run(request)
+    from launch import show
+
+    if len(arguments) != 1:
+        raise ConfigError("", f"muster {command} takes one RUN, a run directory; got {arguments}")
+    return getattr(show, command)(arguments[0], flags)
+
+
+def split_flags(command: str, argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Split a command's own flags, `--name=V` or `--name V`, from its other arguments.
+
+    Raises:
+      ConfigError: a flag that is neither the command's nor about a config.
+    """
+    known = _FLAGS[command]
+    flags: dict[str, str] = {}
+    rest: list[str] = []
+    arguments = list(argv)
+    while arguments:
+        arg = arguments.pop(0)
+        if arg == "--":
+            return flags, [*rest, arg, *arguments]
+        if not arg.startswith("-"):
+            rest.append(arg)
+            continue
+        name, equals, value = arg.lstrip("-").partition("=")
+        name = name if _is_config_flag(command, name) else name.replace("-", "_")
+        if _is_config_flag(command, name):
+            rest.append(arg)
+            # A value of its own word must not be taken for a flag or an argument of ours.
+            if not equals and arguments and not arguments[0].startswith("-"):
+                rest.append(arguments.pop(0))
+        elif name not in known:
+            names = [*known, *(_CONFIG_FLAGS if command == "run" else ())]
+            raise ConfigError("", f"muster {command} has no flag {arg!r}; {closest(name, names)}")
+        elif known[name]:
+            if equals:
+                raise ConfigError(f"--{name}", "takes no value", value)
+            flags[name] = "true"
+        else:
+            if not equals and not arguments:
+                raise ConfigError("", f"--{name} needs a value")
+            flags[name] = value if equals else arguments.pop(0)
+    return flags, rest
+
+
+def _is_config_flag(command: str, name: str) -> bool:
+    if command != "run":
+        return False
+    stem = name.partition(".")[0]
+    return stem in _CONFIG_FLAGS or ("." in name and stem.removeprefix("no") in _CONFIG_FLAGS)

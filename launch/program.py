@@ -1,0 +1,61 @@
+"""What every process of a gang runs: Muster's own trainer, or anybody's program."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launch.spec import ConfigError
+
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_INSTALLED = ("site-packages", "dist-packages")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A command line and what it adds to the environment."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def trainer_program(
+    source: str, overrides: Sequence[str], workdir: Path, cluster_env: Mapping[str, str]
+) -> Program:
+    """The built-in trainer on a config.
+
+    Args:
+      source: the config file, absolute, with its variant.
+      overrides: in the form `--config.a.b=V`.
+      workdir: the run directory, absolute.
+      cluster_env: environment that the cluster config sets.
+
+    Raises:
+      ConfigError: the processes would import something else than Muster's trainer.
+    """
+    found = importlib.util.find_spec("trainer")
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError("", "the package `trainer` is not installed beside `launch`")
+    package = Path(next(iter(found.submodule_search_locations))).resolve()
+    # `python -m` looks in the current directory first.
+    for name in ("trainer", "trainer.py"):
+        other = Path.cwd() / name
+        if other.exists() and other.resolve() != package:
+            rule = f"{other} hides Muster's own package `trainer`; start from another directory"
+            raise ConfigError("", rule)
+    env = {}
+    if package.parent.name not in _INSTALLED:  # A checkout: Python does not find it by itself.
+        before = cluster_env.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package.parent), before]))
+    argv = (sys.executable, "-m", "trainer.main", f"--config={source}", *overrides)
+    return Program((*argv, f"--workdir={workdir}"), env)
+
+
+def without_secrets(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment as it may be shown: values whose names sound secret are masked."""
+    return {name: "***" if _SECRET.search(name) else value for name, value in env.items()}

@@ -1,0 +1,280 @@
+"""The run directory: who owns it, its records and its attempts."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pwd
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launch import contract
+from launch.agent import utc
+from launch.spec import ConfigError, compare_configs
+
+LOCK_FILE = "lock"
+ATTEMPT_RECORD = "attempt.json"
+
+
+class RunDir:
+    """A run directory held by this process: nobody else starts a gang in it meanwhile.
+
+    Attributes:
+      path: absolute.
+      run_id: made when the directory was first used; the run keeps it.
+      lock_fd: descriptor that holds the lock. Agents inherit it, so that the directory stays taken
+        until the last of them has cleaned up, even if the launcher is killed.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str]):
+        """Make the directory where there is none, and take it.
+
+        Raises:
+          ConfigError: it cannot be written, or another launcher has it.
+        """
+        self.path = Path(workdir).expanduser().absolute()
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.lock_fd = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            rule = f"cannot be used as a run directory: {error.strerror}; choose another"
+            raise ConfigError("workdir", rule, str(self.path)) from None
+        if not _lock(self.lock_fd):
+            owner = _loads(os.pread(self.lock_fd, 65536, 0))
+            os.close(self.lock_fd)
+            raise ConfigError("workdir", _taken(owner), str(self.path)) from None
+        record = read_record(self.path / contract.RUN_RECORD) or {}
+        self.run_id = record.get("id") or f"{time.strftime('%Y%m%d')}-{os.urandom(3).hex()}"
+        self.created_at = record.get("created_at") or utc(time.time())
+        owner = {"id": self.run_id, "host": os.uname().nodename, "pid": os.getpid()}
+        os.ftruncate(self.lock_fd, 0)
+        os.pwrite(self.lock_fd, json.dumps(owner).encode() + b"\n", 0)
+
+    @property
+    def name(self) -> str:
+        """The run's name: its directory's."""
+        return self.path.name
+
+    def write_run(self, **fields: Any) -> None:
+        """Write run.json: the identity, and how the newest attempt was started."""
+        record = {
+            "schema": contract.SCHEMA,
+            "id": self.run_id,
+            "name": self.name,
+            "user": _user(),
+            "host": os.uname().nodename,
+            "created_at": self.created_at,
+            **fields,
+        }
+        _write_private(self.path / contract.RUN_RECORD, record)
+
+    def new_attempt(self, hosts: list[str]) -> Attempt:
+        """Open the next attempt; one that its launcher never closed is closed first."""
+        number = next_attempt(self.path)
+        if number:
+            _close_abandoned(attempt_path(self.path, number - 1))
+        path = attempt_path(self.path, number)
+        path.mkdir(mode=0o700, parents=True)
+        return Attempt(path, number, hosts)
+
+
+class Attempt:
+    """One start of the whole gang, and its record."""
+
+    def __init__(self, path: Path, number: int, hosts: list[str]):
+        self.path = path
+        self.number = number
+        self._record: dict[str, Any] = {
+            "schema": contract.SCHEMA,
+            "attempt": number,
+            "cause": None,
+            "guilty_process": None,
+            "guilty_host": None,
+            "message": "",
+            "first_step": None,
+            "last_step": None,
+            "started_at": utc(time.time()),
+            "ended_at": None,
+            "hosts": hosts,
+            "backend_ids": [],
+        }
+        self.write()
+
+    def write(self, **fields: Any) -> None:
+        """Write attempt.json with these fields changed."""
+        self._record.update(fields)
+        _write_private(self.path / ATTEMPT_RECORD, self._record)
+
+    def close(
+        self, cause: str, message: str, guilty_process: int | None, guilty_host: str | None
+    ) -> None:
+        """Record the end."""
+        self.write(
+            cause=cause,
+            message=message,
+            guilty_process=guilty_process,
+            guilty_host=guilty_host,
+            ended_at=utc(time.time()),
+            **steps_reached(self.path),
+        )
+
+
+def check_config(run: Path, config: Any) -> None:
+    """Refuse a config that would make another run of what the directory holds.
+
+    Raises:
+      ConfigError: lists the fields that differ.
+    """
+    before = read_record(run / contract.CONFIG_RECORD)
+    if before is None:
+        return
+    refused = [found for found in compare_configs(before, config) if not found.allowed]
+    if refused:
+        shown = "; ".join(str(found) for found in refused[:8])
+        more = f"; and {len(refused) - 8} more" if len(refused) > 8 else ""
+        rule = f"holds a run with another config ({shown}{more}); choose another --workdir"
+        raise ConfigError("workdir", rule, str(run))
+
+
+def attempt_path(run: Path, number: int) -> Path:
+    """Directory of an attempt."""
+    return run / contract.ATTEMPTS / f"{number:03d}"
+
+
+def attempt_numbers(run: Path) -> list[int]:
+    """The attempts there are, in order."""
+    try:
+        return sorted(int(name) for name in os.listdir(run / contract.ATTEMPTS) if name.isdigit())
+    except OSError:
+        return []
+
+
+def next_attempt(run: Path) -> int:
+    """The number that the next attempt gets."""
+    return max(attempt_numbers(run), default=-1) + 1
+
+
+def log_path(attempt: Path, process_id: int) -> Path:
+    """A process's log."""
+    return attempt / f"process-{process_id:05d}.log"
+
+
+def exit_path(attempt: Path, process_id: int) -> Path:
+    """A process's exit record."""
+    return attempt / f"process-{process_id:05d}.exit.json"
+
+
+def progress_path(attempt: Path, process_id: int) -> Path:
+    """Where a process reports its progress (contract.report_progress)."""
+    return attempt / f"process-{process_id:05d}.progress.json"
+
+
+def process_ids(attempt: Path) -> list[int]:
+    """The processes that have a log in this attempt."""
+    try:
+        names = [name for name in os.listdir(attempt) if name.endswith(".log")]
+    except OSError:
+        return []
+    return sorted(int(n[8:-4]) for n in names if n.startswith("process-") and n[8:-4].isdigit())
+
+
+def steps_reached(attempt: Path) -> dict[str, int | None]:
+    """First and last step that the lead process, or else any, has reported."""
+    for process_id in process_ids(attempt):
+        progress = read_record(progress_path(attempt, process_id))
+        if progress and isinstance(progress.get("step"), int):
+            first = progress.get("first_step", progress["step"])
+            return {"first_step": first, "last_step": progress["step"]}
+    return {"first_step": None, "last_step": None}
+
+
+def owner(run: Path) -> dict[str, Any] | None:
+    """Who holds the run directory now: id, host and pid; None when nobody does."""
+    try:
+        fd = os.open(run / LOCK_FILE, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _loads(os.pread(fd, 65536, 0))
+    finally:
+        os.close(fd)
+    return None
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file, or None."""
+    try:
+        return _loads(path.read_bytes()) or None
+    except OSError:
+        return None
+
+
+def _lock(fd: int) -> bool:
+    """Take the lock; several tries, because `muster status` holds it for a moment to ask."""
+    for _ in range(5):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.02)
+    return False
+
+
+def _close_abandoned(attempt: Path) -> None:
+    """Say of an attempt without an end that its launcher was killed."""
+    record = read_record(attempt / ATTEMPT_RECORD)
+    if record is None or record.get("cause"):
+        return
+    exits = [read_record(exit_path(attempt, i)) or {} for i in process_ids(attempt)]
+    ends = [end["ended_at"] for end in exits if end.get("ended_at")]
+    record.update(
+        cause="killed",
+        message="the launcher was killed, and the gang with it",
+        ended_at=max(ends, default=record.get("started_at")),
+        **steps_reached(attempt),
+    )
+    _write_private(attempt / ATTEMPT_RECORD, record)
+
+
+def _taken(owner: Mapping[str, Any]) -> str:
+    host, pid = owner.get("host"), owner.get("pid")
+    who = f"run {owner.get('id')} on host {host}, process id {pid}"
+    gone = host == os.uname().nodename and isinstance(pid, int) and not _alive(pid)
+    if gone:
+        return f"{who}, was killed and its processes are still being stopped; try again in 5 s"
+    return f"is in use by {who}; wait for its end, stop it, or choose another --workdir"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _loads(data: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(data)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _write_private(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record that may hold secrets (environment, arguments): its owner's alone."""
+    contract.write_atomically(path, json.dumps(record, indent=1, default=str) + "\n", mode=0o600)
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())

@@ -1,0 +1,147 @@
+"""Where to train: a cluster config as frozen dataclasses. Pure, and free of jax."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from launch.spec.errors import ConfigError, closest
+from launch.spec.fields import build, require
+
+BACKENDS = ("local", "slurm", "tpu")
+
+# The launcher fills these in for every process; a config that set them would tear the gang apart.
+RESERVED_ENV_PREFIXES = ("MUSTER_", "OMPI_", "JAX_COORDINATOR_", "JAX_LOCAL_DEVICE_IDS")
+
+
+@dataclasses.dataclass(frozen=True)
+class RestartPolicy:
+    """When a failed attempt is tried again. All zero: never.
+
+    Attributes:
+      max_failures: further attempts after the program's own failures.
+      max_preemptions: further attempts after preemptions and lost hosts.
+      backoff_seconds: wait before the first further attempt; it doubles each time.
+      max_backoff_seconds: the longest wait.
+      max_attempts_without_progress: give up after so many attempts that gained no step.
+    """
+
+    max_failures: int = 0
+    max_preemptions: int = 0
+    backoff_seconds: float = 0.0
+    max_backoff_seconds: float = 0.0
+    max_attempts_without_progress: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(value >= 0, field.name, value, "must be 0 (never) or more")
+            require(
+                value == 0,
+                field.name,
+                value,
+                "automatic restarts are not there yet; set it to 0 and start the same command "
+                "again, which resumes",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A whole cluster config.
+
+    Attributes:
+      backend: who starts the hosts' agents; `local` starts them on this machine.
+      hosts: machines; for `local`, agent processes on this one.
+      processes_per_host: members of the gang on each host.
+      devices_per_process: JAX devices of each; for `local`, CPU devices.
+      accelerator: accelerator type that implies the three above; None for `local`.
+      slices: groups of TPU chips joined by DCN.
+      env: environment variables of every process, over the launcher's own; values are strings.
+      setup: shell commands to run on each host before the program.
+      grace_seconds: between asking the processes to stop (SIGTERM) and killing them, when a user
+        stops the run; long enough for a checkpoint.
+      restart: see RestartPolicy.
+      slurm, tpu: settings of those backends.
+    """
+
+    backend: str
+    hosts: int = 1
+    processes_per_host: int = 1
+    devices_per_process: int = 1
+    accelerator: str | None = None
+    slices: int = 1
+    env: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    setup: tuple[str, ...] = ()
+    grace_seconds: float = 60.0
+    restart: RestartPolicy = RestartPolicy()
+    slurm: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tpu: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ConfigError("backend", closest(self.backend, BACKENDS), self.backend)
+        require(
+            self.backend == "local",
+            "backend",
+            self.backend,
+            "not there yet; this version starts gangs with backend 'local' only",
+        )
+        for name in ("hosts", "processes_per_host", "devices_per_process", "slices"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(self.grace_seconds >= 0, "grace_seconds", self.grace_seconds, "must be 0 or more")
+        self._check_env()
+        self._check_local()
+
+    def _check_env(self) -> None:
+        for name, value in self.env.items():
+            if not isinstance(value, str):
+                raise ConfigError(
+                    f"env.{name}", f"must be a string; write {str(value)!r} with quotes", value
+                )
+            require(
+                bool(name) and not set("=\0") & set(name) and "\0" not in value,
+                f"env.{name}",
+                value,
+                "is not something an environment can hold",
+            )
+            require(
+                not name.startswith(RESERVED_ENV_PREFIXES),
+                f"env.{name}",
+                value,
+                "is filled in for each process by the launcher; take it out",
+            )
+
+    def _check_local(self) -> None:
+        """Refuse what the local backend would have to ignore."""
+        here = "means nothing on backend 'local'; "
+        require(self.accelerator is None, "accelerator", self.accelerator, here + "set it to None")
+        require(self.slices == 1, "slices", self.slices, here + "set it to 1")
+        require(
+            not self.setup,
+            "setup",
+            self.setup,
+            "not there yet on backend 'local'; run the commands before `muster run`",
+        )
+        for name in ("slurm", "tpu"):
+            section = getattr(self, name)
+            require(not section, name, dict(section), here + "take the section out")
+
+    @property
+    def num_processes(self) -> int:
+        """Members of the gang."""
+        return self.hosts * self.processes_per_host
+
+    @property
+    def num_devices(self) -> int:
+        """JAX devices over all processes."""
+        return self.num_processes * self.devices_per_process
+
+
+def cluster_spec(config: Any) -> Cluster:
+    """A ConfigDict as a Cluster.
+
+    Raises:
+      ConfigError: with fields named as on the command line, `cluster.hosts`.
+    """
+    return build(Cluster, config, "cluster")

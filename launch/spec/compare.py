@@ -1,0 +1,67 @@
+"""Is a config the same run as an earlier one?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from launch.spec.fields import plain
+
+# Fields that change how long or how fast a run goes, not which run it is.
+SPEED_OR_LENGTH = re.compile(
+    r"(num_steps|log_every_steps|compilation_cache)"
+    r"|(checkpoint|eval|mesh|sharding)\..+"
+    r"|data\.(.+\.)?(prefetch\w*|\w+_prefetch|threads|num_threads|\w+_threads)"
+)
+
+_ABSENT = "(absent)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One field in which two configs differ.
+
+    Attributes:
+      field: dotted name, `config.model.num_layers`.
+      old, new: the two values; `(absent)` where a config does not have the field.
+      allowed: whether it only affects speed or length, so that the run may go on.
+    """
+
+    field: str
+    old: Any
+    new: Any
+    allowed: bool
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.old!r} there, {self.new!r} now"
+
+
+def compare_configs(old: Any, new: Any) -> list[Difference]:
+    """List the fields in which two configs (ConfigDicts, or mappings as read from JSON) differ."""
+    old_fields, new_fields = dict(_flatten(_as_json(old))), dict(_flatten(_as_json(new)))
+    differences = []
+    for name in sorted(old_fields.keys() | new_fields.keys()):
+        before, after = old_fields.get(name, _ABSENT), new_fields.get(name, _ABSENT)
+        if before != after or isinstance(before, bool) != isinstance(after, bool):
+            allowed = SPEED_OR_LENGTH.fullmatch(name) is not None
+            differences.append(Difference(f"config.{name}", before, after, allowed))
+    return differences
+
+
+def _as_json(config: Any) -> Any:
+    """What the config looks like after it was written to JSON and read again."""
+    return json.loads(json.dumps(plain(config), default=str))
+
+
+def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in node.items():
+        if key == "schema" and not prefix:
+            continue  # Of the record, not of the config.
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{name}.")
+        else:
+            yield name, value
