@@ -1,7 +1,7 @@
-"""What examples are read from: the bytes of text files, and ArrayRecord files of token arrays.
+"""The bytes of text files as examples, and the order in which training reads a source.
 
-Both are Grain random-access sources of `{'tokens': [seq_len + 1]}`: the inputs are all but the last
-token, the targets all but the first. `training_order` makes an endless shuffled dataset of one.
+A source is Grain's: a length, and examples by index. Here and in `trainer.data.records` an example
+is `{'tokens': [seq_len + 1]}`: inputs are all tokens but the last, targets all but the first.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-import glob
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
@@ -93,7 +92,7 @@ class Corpus:
     @functools.cached_property
     def unigram_entropy(self) -> float:
         """Entropy of a byte in nats: the loss of a model that knows only how often each occurs."""
-        counts = np.zeros(256, np.int64)
+        counts: np.ndarray = np.zeros(256, np.int64)
         # In pieces, since bincount makes an int64 copy of what it is given.
         for start in range(0, len(self.data), 1 << 22):
             counts += np.bincount(self.data[start : start + (1 << 22)], minlength=256)
@@ -103,7 +102,7 @@ class Corpus:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the bytes: the same on every host that reads the same corpus."""
-        return xxhash.xxh3_64_hexdigest(self.data)
+        return xxhash.xxh3_64_hexdigest(self.data.data)
 
 
 def read_corpus(
@@ -121,8 +120,7 @@ def read_corpus(
     """
     paths = [path] if isinstance(path, str) else list(path)
     files: list[str] = []
-    for item in paths:
-        item = os.path.expanduser(item)
+    for item in map(os.path.expanduser, paths):
         if os.path.isdir(item):
             files.extend(_files_below(item, pattern, exclude))
         elif os.path.exists(item):
@@ -144,11 +142,11 @@ def read_corpus(
 
 
 def _files_below(directory: str, pattern: str, exclude: Sequence[str]) -> list[str]:
-    found = []
+    found: list[str] = []
     for root, directories, names in os.walk(directory):
         directories[:] = [d for d in directories if d not in exclude and not d.startswith(".")]
-        names = [name for name in fnmatch.filter(names, pattern) if not name.startswith(".")]
-        found.extend(os.path.join(root, name) for name in names)
+        matching = fnmatch.filter(names, pattern)
+        found.extend(os.path.join(root, name) for name in matching if not name.startswith("."))
     # By path below the directory, so that hosts with other prefixes agree.
     return sorted(found, key=lambda file: os.path.relpath(file, directory).split(os.sep))
 
@@ -168,6 +166,8 @@ def _concatenate(files: Iterable[str]) -> tuple[np.ndarray, int]:
     num_skipped = 0
     for name in files:
         try:
+            if not os.path.isfile(name):  # A pipe, say, which would block.
+                raise OSError("not a file")
             with open(name, "rb", buffering=0) as file:
                 content += file.read()
         except OSError:
@@ -196,8 +196,8 @@ class ByteWindows:
 
     def __init__(self, corpus: Corpus, seq_len: int, split: str, eval_every: int = 50):
         require(seq_len >= 1, "config.data.seq_len", seq_len, "must be at least 1")
-        require(eval_every != 1 and eval_every >= 0, "config.data.eval_every", eval_every,
-                "must be 0 (nothing held out) or at least 2")  # fmt: skip
+        rule = "must be 0 (nothing held out) or at least 2"
+        require(eval_every == 0 or eval_every >= 2, "config.data.eval_every", eval_every, rule)
         if split not in ("train", "eval"):
             raise ValueError(f"split={split!r} is neither 'train' nor 'eval'")
         self._data = corpus.data
@@ -212,12 +212,10 @@ class ByteWindows:
         )
         held_out = _held_out(len(corpus.data), seq_len + 1, eval_every)
         spans = held_out if split == "eval" else _between(held_out, len(corpus.data))
-        starts, stops = (np.array(column, np.int64) for column in zip(*spans, strict=True)) if (
-            spans
-        ) else (np.empty(0, np.int64), np.empty(0, np.int64))
+        starts, stops = np.array(spans, np.int64).reshape(-1, 2).T
         self._span_starts = starts
-        # Windows before each span, and in all.
-        self._offsets = np.concatenate([[0], np.cumsum(np.maximum(stops - starts - 1, 0) // seq_len)])
+        # How many windows come before each span, and in all.
+        self._offsets = np.concatenate([[0], np.cumsum((stops - starts - 1) // seq_len)])
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
@@ -253,118 +251,3 @@ def _between(spans: Sequence[tuple[int, int]], end: int) -> list[tuple[int, int]
     starts = [0, *(stop for _, stop in spans)]
     stops = [*(start for start, _ in spans), end]
     return [(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
-
-
-class TokenRecords:
-    """Rows of tokens from ArrayRecord files: `{'tokens': [seq_len + 1]}` of `dtype`.
-
-    Args:
-      files: a file, a directory of `*.array_record`, a glob, or several. Each record is the raw
-        little-endian bytes of one row, as `write_token_records` writes them.
-      seq_len: tokens to predict per example; a row has one more.
-      dtype: of a token: uint8, uint16, int32, uint32 or int64.
-      field: how messages call `files`.
-
-    Raises:
-      ConfigError: no file, a damaged file, no record, or a first record of another length.
-    """
-
-    def __init__(
-        self,
-        files: str | Sequence[str],
-        seq_len: int,
-        dtype: str = "uint16",
-        field: str = "config.data.path",
-    ):
-        require(seq_len >= 1, "config.data.seq_len", seq_len, "must be at least 1")
-        self._dtype = _token_dtype(dtype)
-        self._seq_len = seq_len
-        self._field = field
-        paths = _record_files(files, field)
-        try:
-            self._records = grain.sources.ArrayRecordDataSource(paths)
-        except (OSError, ValueError, RuntimeError, IndexError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(field, f"cannot be read as ArrayRecord: {reason}", files) from None
-        require(len(self._records) > 0, field, files, f"its {len(paths)} files hold no record")
-        self._getitems([0])
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: SupportsIndex) -> Example:
-        return self._getitems([int(index)])[0]
-
-    def _getitems(self, indices: Sequence[int]) -> list[Example]:
-        records = self._records.__getitems__(indices)
-        return [self._row(record, index) for record, index in zip(records, indices, strict=True)]
-
-    def _row(self, record: bytes, index: int) -> Example:
-        wanted = (self._seq_len + 1) * self._dtype.itemsize
-        if len(record) != wanted:
-            raise ConfigError(
-                self._field,
-                f"record {index} has {len(record)} bytes, but seq_len={self._seq_len} needs rows "
-                f"of {self._seq_len + 1} {self._dtype.name} tokens = {wanted} bytes; set config."
-                "data.seq_len and dtype to what was written, or write the records anew",
-            )
-        return {"tokens": np.frombuffer(record, self._dtype)}
-
-    def __repr__(self) -> str:
-        return f"TokenRecords({len(self)} rows of {self._seq_len + 1} {self._dtype.name})"
-
-
-def write_token_records(path: str, rows: Iterable[np.ndarray], dtype: str = "uint16") -> int:
-    """Write rows of tokens that `TokenRecords` reads.
-
-    Args:
-      path: the file, by custom `*.array_record`.
-      rows: each [seq_len + 1] integers, all of one length.
-      dtype: of a token in the file.
-
-    Returns:
-      The number of rows written.
-
-    Raises:
-      ValueError: rows of different lengths, or a token that `dtype` cannot hold.
-    """
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    kind = _token_dtype(dtype)
-    limits = np.iinfo(kind)
-    # One record per chunk: records are read singly, in shuffled order.
-    writer = ArrayRecordWriter(path, "group_size:1")
-    num_rows, length = 0, None
-    try:
-        for row in rows:
-            row = np.asarray(row)
-            length = len(row) if length is None else length
-            if row.shape != (length,):
-                raise ValueError(f"row {num_rows} is shaped {row.shape}, those before ({length},)")
-            if row.min() < limits.min or row.max() > limits.max:
-                raise ValueError(f"row {num_rows} has a token that is no {kind.name}")
-            writer.write(row.astype(kind).tobytes())
-            num_rows += 1
-    finally:
-        writer.close()
-    return num_rows
-
-
-def _token_dtype(name: str) -> np.dtype:
-    known = ("uint8", "uint16", "int32", "uint32", "int64")
-    require(name in known, "config.data.dtype", name, f"must be one of {', '.join(known)}")
-    return np.dtype(name).newbyteorder("<")
-
-
-def _record_files(files: str | Sequence[str], field: str) -> list[str]:
-    """The files that paths, directories and globs stand for, each in sorted order."""
-    found: list[str] = []
-    for item in [files] if isinstance(files, str) else files:
-        item = os.path.expanduser(item)
-        if os.path.isdir(item):
-            item = os.path.join(item, "*.array_record")
-        matches = sorted(glob.glob(item))
-        if not matches:
-            raise ConfigError(field, "no such file, and no file matches it", item)
-        found.extend(matches)
-    return found
