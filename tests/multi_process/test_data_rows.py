@@ -1,0 +1,81 @@
+"""Two real processes put their own rows together into one global batch."""
+
+import socket
+import subprocess
+import sys
+
+PROGRAM = """
+import sys
+import numpy as np
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from trainer.data.pipeline import BatchIterator, rows_of_process, to_global
+from trainer.data.sources import training_order
+
+port, process = sys.argv[1], int(sys.argv[2])
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"localhost:{port}", 2, process, local_device_ids=[0, 1],
+                           initialization_timeout=60)
+
+class Numbers:
+    def __len__(self):
+        return 50
+    def __getitem__(self, index):
+        return {"x": np.full(3, index, np.int32)}
+
+dataset = training_order(Numbers(), seed=5)
+devices = np.array(jax.devices()).reshape(2, 2)  # [process, device]
+layouts = {
+    "tensor within": devices,
+    "tensor across": devices.T,  # Both processes need the same rows.
+    "data interleaved": devices.T.reshape(4, 1),
+}
+for name, layout in layouts.items():
+    mesh = Mesh(layout, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    rows = rows_of_process(sharding, 8)
+    iterator = BatchIterator(dataset, 8, rows)
+    for step in range(3):
+        with jax.transfer_guard("disallow"):
+            batch = to_global(next(iterator), sharding, rows, 8)
+        found = multihost_utils.process_allgather(batch["x"], tiled=True)
+        wanted = np.stack([dataset[step * 8 + i]["x"] for i in range(8)])
+        np.testing.assert_array_equal(found, wanted)
+        for shard in batch["x"].addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), wanted[shard.index])
+    print(name, "rows", *rows, "position", iterator.position()["next_index"])
+    iterator.close()
+"""
+
+LAYOUTS = {
+    "tensor within": ["0 1 2 3", "4 5 6 7"],
+    "tensor across": ["0 1 2 3 4 5 6 7"] * 2,
+    "data interleaved": ["0 1 4 5", "2 3 6 7"],
+}
+
+
+def test_the_global_batch_is_the_same_for_every_layout_of_two_processes():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(port), str(process)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for index, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+        assert process.returncode == 0, "\n---\n".join(outputs)
+        for layout, rows in LAYOUTS.items():
+            assert f"{layout} rows {rows[index]} position 3\n" in output
