@@ -1,4 +1,4 @@
-"""Eight CPU devices for the tests that run in this process, chosen before jax starts."""
+"""Eight CPU devices for the tests of this process; set before anything imports jax."""
 
 import os
 
