@@ -1,0 +1,141 @@
+"""Checksums of a checkpoint's files: Orbax does not notice a byte that has changed on the disk.
+
+A manifest lists every file below a directory with its size and one XXH3 digest per chunk, so that
+one large file can be read by many threads and processes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import xxhash
+
+CHUNK_BYTES = 64 * 2**20
+_BUFFER_BYTES = 2**20  # small enough to stay in the processor's cache between read and digest
+
+Digests = dict[str, dict[str, Any]]  # relative path -> {"bytes": int, "xxh3_64": [hex, ...]}
+
+
+class DamagedError(Exception):
+    """A directory is not what its manifest says; the text is a phrase with the first reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    path: pathlib.Path
+    start: int
+    length: int
+
+
+def _digest(chunk: _Chunk) -> str:
+    hasher = xxhash.xxh3_64()
+    buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(1, chunk.length))))
+    left = chunk.length
+    with open(chunk.path, "rb", buffering=0) as file:
+        file.seek(chunk.start)
+        while left:
+            count = file.readinto(buffer[: min(left, len(buffer))])  # type: ignore[attr-defined]
+            if not count:
+                break
+            hasher.update(buffer[:count])
+            left -= count
+    return hasher.hexdigest()
+
+
+def _chunks(path: pathlib.Path, size: int) -> list[_Chunk]:
+    starts = range(0, max(size, 1), CHUNK_BYTES)
+    return [_Chunk(path, start, min(CHUNK_BYTES, size - start)) for start in starts]
+
+
+def digest_files(root: pathlib.Path, names: Iterable[str]) -> Digests:
+    """Digest files, one after the other: this runs beside training and must not get in its way."""
+    digests = {}
+    for name in names:
+        path = root / name
+        size = path.stat().st_size
+        digests[name] = {"bytes": size, "xxh3_64": [_digest(part) for part in _chunks(path, size)]}
+    return digests
+
+
+def files_below(root: pathlib.Path) -> list[str]:
+    """Relative paths of all files below a directory, sorted."""
+    return sorted(
+        str(pathlib.Path(folder, name).relative_to(root))
+        for folder, _, names in os.walk(root)
+        for name in names
+    )
+
+
+def write_manifest(path: pathlib.Path, files: Digests) -> None:
+    """Write a manifest and see it on the disk."""
+    record = {"schema": 1, "chunk_bytes": CHUNK_BYTES, "files": files, "own": _own(files)}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(record, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(path: pathlib.Path) -> Digests:
+    """The files that a manifest lists.
+
+    Raises:
+      DamagedError: it is not there, or has changed.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        files = record["files"]
+        if record["own"] != _own(files) or record["chunk_bytes"] != CHUNK_BYTES:
+            raise ValueError("its own checksum differs")
+    except FileNotFoundError:
+        raise DamagedError(f"{path.name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{path.name} cannot be read: {error}") from None
+    return files
+
+
+def _own(files: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(files, sort_keys=True).encode())
+
+
+def verify(root: pathlib.Path, files: Digests, part: int = 0, parts: int = 1) -> None:
+    """Compare this process's share of the files with their digests.
+
+    Args:
+      root: the directory that the manifest speaks of.
+      files: from `read_manifest`.
+      part, parts: every `parts`-th chunk, from number `part` on.
+
+    Raises:
+      DamagedError: a file is missing, has another size, or other bytes.
+    """
+    chunks: list[tuple[_Chunk, str]] = []
+    for name, wanted in sorted(files.items()):
+        path = root / name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise DamagedError(f"{name}: {error.strerror}") from None
+        if size != wanted["bytes"]:
+            raise DamagedError(f"{name} has {size} bytes instead of {wanted['bytes']}")
+        chunks += zip(_chunks(path, size), wanted["xxh3_64"], strict=True)
+    _verify_chunks(root, chunks[part::parts])
+
+
+def _verify_chunks(root: pathlib.Path, chunks: Sequence[tuple[_Chunk, str]]) -> None:
+    threads = min(8, os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for (chunk, wanted), found in zip(
+            chunks, pool.map(_digest, (chunk for chunk, _ in chunks)), strict=True
+        ):
+            if found != wanted:
+                end = chunk.start + chunk.length
+                raise DamagedError(
+                    f"{chunk.path.relative_to(root)}: bytes {chunk.start} to {end} have changed "
+                    f"since they were written"
+                )
