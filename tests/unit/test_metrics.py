@@ -58,13 +58,14 @@ def test_numbers_that_json_does_not_know_become_null(tmp_path):
     ]
 
 
-def test_after_a_resume_each_step_appears_once(tmp_path):
+@pytest.mark.parametrize("half", ['{"schema": 1, "step": 15, "lo', '{"schema": 1, "step": 15}'])
+def test_after_a_resume_each_step_appears_once(tmp_path, half):
     with MetricWriter(tmp_path) as writer:
         for step in (10, 20, 30, 40):
             writer.write(step, {"loss": step})
         writer.write(20, {"eval_loss": 1.0})
     with open(tmp_path / contract.METRICS_FILE, "a") as file:
-        file.write('{"schema": 1, "step": 15, "lo')  # Killed in the middle of a line.
+        file.write(half)  # Killed in the middle of a line.
     with MetricWriter(tmp_path, start_step=20) as writer:
         assert [line["step"] for line in lines_of(tmp_path)] == [10, 20, 20]
         for step in (30, 40):
