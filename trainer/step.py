@@ -1,0 +1,255 @@
+"""One optimizer update, from the state's leaves to the state's leaves, compiled ahead of time.
+
+Modules are put together from the leaves and taken apart again while the step is traced. What is
+called in the loop is a compiled function over a flat list of arrays, which costs the host nothing
+more than XLA's own call (`nnx.jit`: 69 ms a step more for a model of 32 layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from launch.spec import BATCH_AXES
+from trainer.task import Batch, Loss, Task
+
+if TYPE_CHECKING:
+    from trainer.state import StateLayout
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[Sequence[jax.Array], Batch], tuple[list[jax.Array], Metrics]]
+EvalStep = Callable[[Sequence[jax.Array], Batch], Loss]
+PureLoss = Callable[[Any, Any, Batch], tuple[jax.Array, tuple[jax.Array, Any]]]
+
+_BATCHES = P(None, BATCH_AXES)  # Of arrays [M, B / M, ...]: each microbatch is split as the batch.
+
+
+def make_train_step(
+    task: Task,
+    layout: StateLayout,
+    *,
+    num_microbatches: int = 1,
+    one_all_reduce: bool | None = None,
+) -> TrainStep:
+    """Make the function (leaves, batch) -> (leaves, metrics) of one update; not yet compiled.
+
+    The gradient is that of the mean loss over the global batch, however it is split.
+
+    Args:
+      task: whose loss to descend.
+      layout: how the leaves make up the model and the optimizer.
+      num_microbatches: parts the batch is run in, one after the other, to save memory. Each is
+        split over the mesh like the whole batch, whose size it must divide.
+      one_all_reduce: reduce all gradients in one flat vector; see `_sums_reduced_at_once`. None:
+        where it is possible and was measured to be quicker.
+
+    Returns:
+      The step. Its metrics are float32 scalars: `loss`, the mean before the update, and
+      `grad_norm`, the global norm before clipping.
+    """
+
+    def step(leaves: Sequence[jax.Array], batch: Batch) -> tuple[list[jax.Array], Metrics]:
+        model, optimizer = layout.merge(leaves)
+        model.train()
+        loss = _pure_loss(task, model, optimizer.wrt)
+        _, params, rest = nnx.split(model, optimizer.wrt, ...)
+        at_once = one_all_reduce
+        if at_once is None:
+            at_once = _one_all_reduce_pays(layout) and not jax.tree.leaves(rest)
+        batches = _microbatches(batch, num_microbatches)
+        batches = jax.lax.with_sharding_constraint(batches, NamedSharding(layout.mesh, _BATCHES))
+        if at_once:
+            sums = _sums_reduced_at_once(loss, params, rest, batches, layout.mesh)
+        else:
+            shardings = nnx.state(layout.merge(layout.shardings)[0], optimizer.wrt)
+            sums, rest = _sums(loss, params, rest, batches, shardings)
+        grads = jax.tree.map(lambda g, p: (g / sums.weight).astype(p.dtype), sums.grads, params)
+        nnx.update(model, rest)
+        optimizer.update(model, grads)
+        metrics = {
+            "loss": sums.total / sums.weight,
+            "grad_norm": optax.tree.norm(grads).astype(jnp.float32),
+        }
+        return layout.leaves_of(model, optimizer), metrics
+
+    return step
+
+
+def make_eval_step(task: Task, layout: StateLayout) -> EvalStep:
+    """Make the function (leaves, batch) -> Loss of the model in evaluation mode; not compiled."""
+
+    def step(leaves: Sequence[jax.Array], batch: Batch) -> Loss:
+        model, _ = layout.merge(leaves)
+        model.eval()
+        return _as_loss(task, task.loss(model, batch), batch)
+
+    return step
+
+
+def compile_train_step(
+    step: TrainStep, layout: StateLayout, batch: Mapping[str, jax.ShapeDtypeStruct]
+) -> jax.stages.Compiled:
+    """Compile a train step for one shape of batch. It donates its leaves.
+
+    What comes out is laid out as what went in, by decree: left to itself XLA moves small leaves
+    about, and the second step would be another program.
+
+    Args:
+      step: from `make_train_step`.
+      layout: of the leaves; its mesh may be of devices that are not there.
+      batch: abstract arrays with their shardings, `P(BATCH_AXES)` on the first dim.
+    """
+    out_shardings = (list(layout.shardings), NamedSharding(layout.mesh, P()))
+    return _compile(step, layout, batch, out_shardings, donate_argnums=0)
+
+
+def compile_eval_step(
+    step: EvalStep, layout: StateLayout, batch: Mapping[str, jax.ShapeDtypeStruct]
+) -> jax.stages.Compiled:
+    """Compile an evaluation step for one shape of batch. It leaves its leaves alone."""
+    return _compile(step, layout, batch, NamedSharding(layout.mesh, P()))
+
+
+def _compile(
+    step: Callable, layout: StateLayout, batch: Any, out_shardings: Any, **jit_options: Any
+) -> jax.stages.Compiled:
+    jitted = jax.jit(step, out_shardings=out_shardings, **jit_options)
+    # The mesh in context is for models that pin their activations. It must not make NNX shard
+    # variables on its own account while modules are put together.
+    with nnx.use_eager_sharding(False), jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
+        return jitted.lower(list(layout.abstract), batch).compile()
+
+
+class _Sums(NamedTuple):
+    """What is added up over microbatches and over the mesh.
+
+    Attributes:
+      grads: gradient of the summed loss, like the trained parameters but float32 at least.
+      total, weight: of `Loss`.
+    """
+
+    grads: Any
+    total: jax.Array
+    weight: jax.Array
+
+
+def _pure_loss(task: Task, model: Any, wrt: Any) -> PureLoss:
+    """The task's loss as a function (params, rest, batch) -> (total, (weight, rest after)).
+
+    `params` is what `wrt` selects of the model's state; `rest` is what else there is: streams of
+    random numbers, batch statistics.
+    """
+    graphdef, _, _ = nnx.split(model, wrt, ...)
+
+    def loss(params: Any, rest: Any, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        # Variables of this trace's own: others may not be written to here (Dropout's RNG count).
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        total, weight = _as_loss(task, task.loss(model, batch), batch)
+        nnx.pop(model, nnx.Intermediate)  # What modules have sown is not part of the state.
+        _, _, rest = nnx.split(model, wrt, ...)
+        return total, (weight, rest)
+
+    return loss
+
+
+def _as_loss(task: Task, value: Loss | jax.Array, batch: Batch) -> Loss:
+    """What a task's loss returned as a float32 Loss; a scalar is the mean over B examples."""
+    if not isinstance(value, Loss):
+        if jnp.shape(value) != ():
+            raise TypeError(
+                f"{type(task).__name__}.loss returned shape {jnp.shape(value)}; it must return a "
+                "scalar (the mean over the batch's examples) or trainer.task.Loss(total, weight)"
+            )
+        num_examples = jax.tree.leaves(batch)[0].shape[0]
+        value = Loss(value * num_examples, num_examples)
+    total, weight = (jnp.asarray(part, jnp.float32) for part in value)
+    return Loss(total, jax.lax.stop_gradient(weight))
+
+
+def _microbatches(batch: Batch, num: int) -> Batch:
+    """[B, ...] as [num, B / num, ...]; microbatch m has rows m, m + num, m + 2 num, ...
+
+    So every device has its share of each microbatch already: none of its rows move.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x.reshape(x.shape[0] // num, num, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def _sums(
+    loss: PureLoss, params: Any, rest: Any, batches: Batch, shardings: Any = None
+) -> tuple[_Sums, Any]:
+    """Gradient, total and weight summed over microbatches, and the rest of the model after them.
+
+    Args:
+      loss: from `_pure_loss`.
+      params, rest: its arguments; `rest` passes from one microbatch to the next.
+      batches: arrays [M, B / M, ...].
+      shardings: of the gradients, like `params`; None leaves them to XLA.
+    """
+
+    def one(params: Any, rest: Any, batch: Batch) -> tuple[_Sums, Any]:
+        (total, (weight, rest)), grads = jax.value_and_grad(loss, has_aux=True)(params, rest, batch)
+        if shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, shardings)
+        return _Sums(grads, total, weight), rest
+
+    if jax.tree.leaves(batches)[0].shape[0] == 1:
+        return one(params, rest, jax.tree.map(lambda x: x[0], batches))
+
+    def add(carry: tuple[_Sums, Any], batch: Batch) -> tuple[tuple[_Sums, Any], None]:
+        so_far, rest = carry
+        more, rest = one(params, rest, batch)
+        return (jax.tree.map(lambda a, b: a + b.astype(a.dtype), so_far, more), rest), None
+
+    def zeros(p: jax.Array) -> jax.Array:
+        return jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))
+
+    grads = jax.tree.map(zeros, params)
+    if shardings is not None:
+        grads = jax.lax.with_sharding_constraint(grads, shardings)
+    zero = jnp.zeros((), jnp.float32)
+    carry, _ = jax.lax.scan(add, (_Sums(grads, zero, zero), rest), batches)
+    return carry
+
+
+def _one_all_reduce_pays(layout: StateLayout) -> bool:
+    """Whether the mesh is one on which `_sums_reduced_at_once` works and was measured to pay."""
+    devices = layout.mesh.devices.flat
+    many_processes = len({device.process_index for device in devices}) > 1
+    on_cpu = all(device.platform == "cpu" for device in devices)
+    return on_cpu and many_processes and all(s.is_fully_replicated for s in layout.shardings)
+
+
+def _sums_reduced_at_once(
+    loss: PureLoss, params: Any, rest: Any, batches: Batch, mesh: Mesh
+) -> _Sums:
+    """`_sums` of a replicated model, reduced over the mesh as one flat vector.
+
+    XLA's CPU backend reduces each gradient on its own, one call through gloo after the other: two
+    processes were 1.61 times as fast as one that way, and 1.88 times with a single all-reduce.
+
+    Not for a model with other state than parameters: each shard would draw the same dropout masks
+    and keep batch statistics of its own.
+    """
+
+    def local(params: Any, batches: Batch) -> _Sums:
+        sums, _ = _sums(loss, params, rest, batches)
+        flat, unravel = ravel_pytree(sums)
+        return unravel(jax.lax.psum(flat, BATCH_AXES))
+
+    # check_vma=False: tracking what varies over the mesh would reduce each gradient where it is
+    # made (the parameters do not vary), and would refuse many a scan in users' models.
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), _BATCHES), out_specs=P(), check_vma=False
+    )(params, batches)

@@ -1,0 +1,206 @@
+"""Next-token prediction with a transformer, on the bytes of text or on ready-made tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from launch.spec import ConfigError, build, closest, require
+from trainer.models.transformer import Transformer
+from trainer.models.transformer_config import TransformerConfig
+from trainer.task import Batch, Loss, Task
+
+_SAMPLE_TOKENS = 200
+_TEMPERATURE = 0.8
+_NEWLINE = 10  # A byte, and what a sample of bytes starts from.
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from.
+
+    Attributes:
+      kind: `bytes` of any text files, or `array_record` files of token arrays.
+      path: a file, a directory or several of them; for `array_record` also globs.
+      seq_len: tokens to predict per example.
+      pattern: `bytes`: which file names in a directory to read.
+      exclude: `bytes`: names of directories to leave out.
+      eval_every: `bytes`: one block of text in how many is held out for evaluation; 0 for none.
+      eval_path: `array_record`: the held-out files; "" for none.
+      dtype: `array_record`: of a token in the file.
+    """
+
+    kind: str
+    path: Any
+    seq_len: int
+    pattern: str = "*"
+    exclude: tuple[str, ...] = ()
+    eval_every: int = 50
+    eval_path: Any = ""
+    dtype: str = "uint16"
+
+    def __post_init__(self) -> None:
+        kinds = ("bytes", "array_record")
+        require(self.kind in kinds, "kind", self.kind, closest(self.kind, kinds))
+        require(self.seq_len >= 1, "seq_len", self.seq_len, "must be at least 1")
+        for name in ("path", "eval_path"):
+            paths = getattr(self, name)
+            paths = (paths,) if isinstance(paths, str) else paths
+            ok = isinstance(paths, tuple) and all(isinstance(path, str) for path in paths)
+            require(ok, name, paths, "must be a path or a tuple of paths")
+        require(bool(self.path), "path", self.path, "empty; name a file or a directory")
+
+
+class LanguageModel(Task):
+    """A transformer that predicts the next token. `config.model` is a TransformerConfig,
+    `config.data` a DataConfig.
+    """
+
+    def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any]):
+        super().__init__(model, data)
+        self.model = build(TransformerConfig, model, "config.model")
+        self.data = build(DataConfig, data, "config.data")
+        if self.data.kind == "bytes" and self.model.vocab_size < 256:
+            rule = "bytes need 256 token ids; set 256, or more to make it divide by a mesh axis"
+            raise ConfigError("config.model.vocab_size", rule, self.model.vocab_size)
+
+    def make_model(self, rngs: nnx.Rngs) -> Transformer:
+        """A fresh transformer."""
+        return Transformer(self.model, rngs)
+
+    def loss(self, model: Transformer, batch: Batch) -> Loss:
+        """Cross entropy in nats, plus the z-loss, over all tokens of the batch.
+
+        Args:
+          model: from `make_model`.
+          batch: `tokens` [B, L + 1] integers: L inputs, and the same moved by one as targets.
+        """
+        tokens = batch["tokens"].astype(jnp.int32)
+        logits_BLV = model(tokens[:, :-1])
+        return token_loss(logits_BLV, tokens[:, 1:], self.model.z_loss)
+
+    def train_data(self, seed: int) -> grain.MapDataset:
+        """Shuffled anew every epoch, for ever: elements are `{'tokens': [seq_len + 1]}`."""
+        from trainer.data.sources import training_order
+
+        return training_order(self._source("train"), seed)
+
+    def eval_data(self) -> grain.MapDataset | None:
+        """Held-out rows in their own order; None when nothing is held out."""
+        from trainer.data.sources import fixed_order
+
+        held_out = self.data.eval_every if self.data.kind == "bytes" else self.data.eval_path
+        return fixed_order(self._source("eval")) if held_out else None
+
+    def _source(self, split: str) -> grain.sources.RandomAccessDataSource:
+        """Examples of `train` or `eval`, as trainer.data.sources reads them."""
+        from trainer.data import sources
+
+        data = self.data
+        if data.kind == "bytes":
+            return sources.ByteWindows(self._corpus, data.seq_len, split, data.eval_every)
+        path, field = (
+            (data.path, "config.data.path")
+            if split == "train"
+            else (data.eval_path, "config.data.eval_path")
+        )
+        return sources.TokenRecords(path, data.seq_len, data.dtype, field)
+
+    @functools.cached_property
+    def _corpus(self) -> Any:
+        from trainer.data.sources import read_corpus
+
+        return read_corpus(self.data.path, self.data.pattern, self.data.exclude)
+
+    def describe(self) -> str:
+        """How much data there is; for bytes, the loss that a model must beat."""
+        if self.data.kind != "bytes":
+            source = self._source("train")
+            return f"data: {len(source):,} rows of {self.data.seq_len + 1} tokens"
+        corpus = self._corpus
+        skipped = f" ({corpus.num_skipped} unreadable)" if corpus.num_skipped else ""
+        return (
+            f"data: {len(corpus.data):,} bytes of text in {corpus.num_files:,} files{skipped}; "
+            f"byte-unigram entropy {corpus.unigram_entropy:.3f} nats (the loss of guessing each "
+            "byte by how often it occurs)"
+        )
+
+    def tokens_per_example(self) -> int:
+        """Tokens predicted per example, `seq_len`."""
+        return self.data.seq_len
+
+    def flops_per_example(self, model: Transformer) -> float:
+        """Model FLOPs of an example, forward and backward, as PaLM's appendix B counts them.
+
+        Per token 6 N + 12 * layers * heads * head_dim * L: N counts the parameters that are
+        multiplied by (so not an untied embedding table), and attention counts as if it were not
+        causal. Recomputation (remat) does not count. `model` may be abstract.
+        """
+        config, L = self.model, self.data.seq_len
+        params = nnx.state(model, nnx.Param)
+        N = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+        if not config.tied_head:
+            N -= config.vocab_size * config.dim
+        attention = 12 * config.num_layers * config.num_heads * config.width_of_head * L
+        return float(L * (6 * N + attention))
+
+    def finish(self, model: Transformer, key: jax.Array) -> Mapping[str, jax.Array]:
+        """Write up to 200 tokens of the model's own. Collective: every process calls it.
+
+        Bytes go on from a newline, other tokens from id 0. The whole window is run again for each
+        token: slow, but it needs no cache and so no second way to compute the model.
+        """
+        length = min(_SAMPLE_TOKENS, self.data.seq_len) + 1
+        start = _NEWLINE if self.data.kind == "bytes" else 0
+        return {"sample": sample(model, key, start=start, length=length)}
+
+    def show(self, results: Mapping[str, Any]) -> str:
+        """The sample as text, or as token ids where it is not bytes."""
+        tokens = np.asarray(results["sample"])[1:]
+        if self.data.kind != "bytes":
+            return "the model's own tokens: " + " ".join(str(token) for token in tokens)
+        return "the model's own text:\n" + printable(tokens)
+
+
+def token_loss(logits_BLV: jax.Array, targets_BL: jax.Array, z_loss: float = 0.0) -> Loss:
+    """Cross entropy + z_loss * logsumexp^2, summed over [B, L] tokens, in float32 nats."""
+    logits_BLV = logits_BLV.astype(jnp.float32)
+    log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+    # A select and a sum instead of a gather, whose gradient would be a scatter: they fuse.
+    is_target_BLV = jnp.arange(logits_BLV.shape[-1]) == targets_BL[..., None]
+    target_logit_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
+    loss_BL = log_z_BL - target_logit_BL
+    if z_loss:
+        loss_BL += z_loss * jnp.square(log_z_BL)
+    return Loss(jnp.sum(loss_BL), jnp.asarray(targets_BL.size, jnp.float32))
+
+
+def sample(model: Transformer, key: jax.Array, *, start: int, length: int) -> jax.Array:
+    """Draw [length] int32 tokens from the model, the first of which is `start`. Call under jit."""
+
+    def draw_one(i: jax.Array, tokens_L: jax.Array) -> jax.Array:
+        # What lies behind position i is not written yet, and is not seen: attention is causal.
+        logits_V = model(tokens_L[None, :-1])[0, i]
+        token = jax.random.categorical(jax.random.fold_in(key, i), logits_V / _TEMPERATURE)
+        return tokens_L.at[i + 1].set(token.astype(jnp.int32))
+
+    return jax.lax.fori_loop(0, length - 1, draw_one, jnp.full(length, start, jnp.int32))
+
+
+def printable(tokens: np.ndarray) -> str:
+    """Bytes as text that is safe to print: anything else than text is shown as U+FFFD or `·`."""
+    codes = [int(token) if 0 <= token < 256 else 0 for token in tokens]
+    text = bytes(codes).decode("utf-8", errors="replace")
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char)[0] != "C" else "·" for char in text
+    )
