@@ -25,7 +25,7 @@ class Batches(Protocol):
 class Saver(Protocol):
     """What the loop asks of a `trainer.checkpoint.Checkpointer`."""
 
-    def due(self, step: int) -> bool: ...
+    def due(self, step: int, *, logging_step: bool) -> bool: ...
     def save(self, step: int, state: dict, position: dict, *, final: bool = False) -> float: ...
     def check(self) -> None: ...
 
@@ -37,6 +37,7 @@ class Loop:
     Attributes:
       layout: of the train state.
       num_steps: where to stop.
+      log_every_steps: at these the lead's clock may ask for a checkpoint.
       eval_every_steps: 0 for never.
       train_step: (leaves, batch) -> (leaves, metrics), compiled; it donates the leaves.
       batches: this process's part of every global batch, as global arrays.
@@ -48,6 +49,7 @@ class Loop:
 
     layout: StateLayout
     num_steps: int
+    log_every_steps: int
     eval_every_steps: int
     train_step: Callable[[Leaves, Any], tuple[Leaves, Any]]
     batches: Batches
@@ -80,7 +82,7 @@ class Loop:
                 self.reporter.add(step, metrics, self.batches.wait_seconds)
                 stopped = self.stop_agreed(step)
                 ended = stopped or step == self.num_steps
-                if ended or self.saver.due(step):
+                if ended or self.saver.due(step, logging_step=step % self.log_every_steps == 0):
                     self._save(leaves, step, position, final=ended)
                 if self._eval_due(step) and not stopped:
                     self._evaluate(leaves, step)

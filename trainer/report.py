@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from launch.contract import report_progress
+from trainer.metrics import MetricWriter, ProgressPrinter, Rates, Throughput, progress_line
 
 
 class TrainingDiverged(RuntimeError):
@@ -24,72 +25,61 @@ class Reporter:
     has somewhere to write.
 
     Args:
-      write: called with one dict per logged step (keys of metrics.jsonl) and per evaluation.
+      output: files and terminal; None on processes that write nothing.
+      throughput: of this run.
       log_every_steps: which steps are logged; `num_steps` is logged too.
-      learning_rate: step -> rate that the update from `step - 1` to `step` used, or None.
-      tokens_per_step: over all processes.
-      mfu: seconds per step -> model FLOPs utilization, or None where a peak is unknown.
-      clock: seconds, monotonic.
+      num_steps: of the run.
+      learning_rate: count of updates before a step -> the rate it used; None if not known.
+      clock: seconds that only grow.
     """
 
     def __init__(
         self,
-        write: Callable[[dict[str, Any]], None],
+        output: Output | None,
+        throughput: Throughput,
         *,
         log_every_steps: int,
         num_steps: int,
-        learning_rate: Callable[[int], float] | None,
-        tokens_per_step: int,
-        mfu: Callable[[float], float | None],
+        learning_rate: Callable[[int], Any] | None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._write = write
+        self._output = output
+        self._throughput = throughput
         self._log_every = log_every_steps
         self._num_steps = num_steps
         self._learning_rate = learning_rate
-        self._tokens_per_step = tokens_per_step
-        self._mfu = mfu
         self._clock = clock
         self._pending: list[tuple[int, Any]] = []  # Dispatched, not yet read.
-        self._log_at: tuple[int, float] | None = None  # A step to log and its data wait.
-        self._window_start: float | None = None
-        self._window_step = 0
-        self._window_wait = 0.0
-        self._saving_seconds = 0.0
+        self._wait_seconds = 0.0  # For data, when the newest pending step was dispatched.
+        self._saving_seconds = 0.0  # Since the start.
+        self._logged = (0.0, 0.0)  # The two above, at the last logged step.
+        self._measuring = False
         self.last_eval_loss: float | None = None
-        self.last_loss: float | None = None
-
-    def start(self, step: int) -> None:
-        """Begin to measure, after everything is compiled and restored."""
-        self._window_start, self._window_step = self._clock(), step
 
     def add(self, step: int, metrics: Any, wait_seconds: float) -> None:
         """Take the metrics of a step that was just dispatched; read those of the step before.
 
         Args:
+          step: it completes.
           metrics: `loss` and `grad_norm`, scalars on the device.
           wait_seconds: waited for data since the start of the run.
+
+        Raises:
+          TrainingDiverged: at the next logged step after the loss ceased to be finite.
         """
-        if self._pending:
-            # At most two steps are in flight: enough to keep the device busy, and few enough that
-            # gloo's threads cannot starve each other on CPU (it deadlocks after some 40).
-            self._pending[-1][1]["loss"].block_until_ready()
-            if self._log_at:
-                self._log()
+        # At most two steps are in flight: enough to keep the device busy, and few enough that
+        # gloo's threads cannot starve each other on CPU (it deadlocks after some 40).
+        self._finish_newest()
         self._pending.append((step, metrics))
-        if step % self._log_every == 0 or step == self._num_steps:
-            self._log_at = (step, wait_seconds)
+        self._wait_seconds = wait_seconds
 
     def flush(self) -> None:
         """Read everything dispatched so far.
 
         Raises:
-          TrainingDiverged: as below.
+          TrainingDiverged: the loss of one of these steps is not finite.
         """
-        if self._pending:
-            self._pending[-1][1]["loss"].block_until_ready()
-        if self._log_at:
-            self._log()
+        self._finish_newest()
         self._read()
 
     def spent_saving(self, seconds: float) -> None:
@@ -101,16 +91,29 @@ class Reporter:
         """Leave the time inside out of the step time."""
         before = self._clock()
         yield
-        if self._window_start is not None:
-            self._window_start += self._clock() - before
+        self._throughput.pause(self._clock() - before)
 
     def evaluated(self, step: int, eval_loss: float) -> None:
         """Write an evaluation line."""
         self.last_eval_loss = eval_loss
-        self._write({"step": step, "eval_loss": eval_loss})
+        if self._output:
+            self._output.evaluated(step, eval_loss)
 
-    def _read(self) -> list[tuple[int, Any]]:
-        """Fetch and check all pending metrics.
+    def _finish_newest(self) -> None:
+        """Wait for the newest pending step, and log it if it is one to log."""
+        if not self._pending:
+            return
+        step, metrics = self._pending[-1]
+        metrics["loss"].block_until_ready()
+        if not self._measuring:
+            # From the first completed step on: what came before was mostly not stepping.
+            self._throughput.start(step, self._wait_seconds, self._saving_seconds)
+            self._measuring = True
+        if step % self._log_every == 0 or step == self._num_steps:
+            self._log(step)
+
+    def _read(self) -> Any:
+        """Fetch and check all pending metrics; the newest step's, on the host.
 
         Raises:
           TrainingDiverged: names the step and the window in which it was looked for.
@@ -122,34 +125,62 @@ class Reporter:
                 if not math.isfinite(metrics[name]):
                     raise TrainingDiverged(
                         f"{name} is {metrics[name]} at step {step} (read in the window of steps "
-                        f"{read[0][0]} to {read[-1][0]}); the newest checkpoint is from before "
-                        "it. Lower the learning rate, clip harder, or look at the data of that step"
+                        f"{read[0][0]} to {read[-1][0]}); checkpoints are from before it. Lower "
+                        "the learning rate, clip harder, or look at the data of that step"
                     )
-        return read
+        return read[-1][1] if read else None
 
-    def _log(self) -> None:
-        """Write the line of the step that waits for it; everything pending is done by now."""
-        assert self._log_at is not None
-        (step, wait_seconds), self._log_at = self._log_at, None
-        now = self._clock()
-        metrics = self._read()[-1][1]
-        steps = step - self._window_step
-        start = self._window_start if self._window_start is not None else now
-        step_seconds = (now - start) / max(1, steps)
-        self.last_loss = float(metrics["loss"])
-        self._write(
-            {
-                "step": step,
-                "loss": self.last_loss,
-                "grad_norm": float(metrics["grad_norm"]),
-                "learning_rate": self._learning_rate(step - 1) if self._learning_rate else None,
-                "tokens_per_second": self._tokens_per_step / step_seconds if step_seconds else None,
-                "step_seconds": step_seconds,
-                "data_wait_seconds": wait_seconds - self._window_wait,
-                "checkpoint_blocking_seconds": self._saving_seconds,
-                "mfu": self._mfu(step_seconds),
-            }
-        )
-        report_progress(step, "step", loss=self.last_loss, step_seconds=step_seconds)
-        self._window_start, self._window_step, self._window_wait = now, step, wait_seconds
-        self._saving_seconds = 0.0
+    def _log(self, step: int) -> None:
+        metrics = self._read()
+        rates = self._throughput.measure(step, self._wait_seconds, self._saving_seconds)
+        loss = float(metrics["loss"])
+        report_progress(step, "step", loss=loss)
+        if self._output:
+            wait, saving = self._logged
+            self._output.logged(
+                step,
+                self._num_steps,
+                rates,
+                {
+                    "loss": loss,
+                    "grad_norm": float(metrics["grad_norm"]),
+                    "learning_rate": self._rate(step - 1),
+                    "tokens_per_second": rates and rates.tokens_per_second,
+                    "step_seconds": rates and rates.step_seconds,
+                    "data_wait_seconds": self._wait_seconds - wait,
+                    "checkpoint_blocking_seconds": self._saving_seconds - saving,
+                    "mfu": rates and rates.mfu,
+                },
+            )
+        self._logged = (self._wait_seconds, self._saving_seconds)
+
+    def _rate(self, count: int) -> float | None:
+        if self._learning_rate is None:
+            return None
+        with jax.transfer_guard("allow"):  # A schedule computes with jax; it is one small number.
+            return float(self._learning_rate(count))
+
+
+class Output:
+    """The lead's files and terminal."""
+
+    def __init__(self, directory: str, start_step: int):
+        self._writer = MetricWriter(directory, start_step)
+        self._printer = ProgressPrinter()
+
+    def logged(
+        self, step: int, num_steps: int, rates: Rates | None, values: dict[str, float | None]
+    ) -> None:
+        """Write the metrics of a step and show the progress line."""
+        self._writer.write(step, values)
+        self._printer.show(progress_line(step, num_steps, values["loss"] or 0.0, rates))
+
+    def evaluated(self, step: int, eval_loss: float) -> None:
+        """Write and show an evaluation."""
+        self._writer.write(step, {"eval_loss": eval_loss})
+        self._printer.say(f"held-out loss at step {step}: {eval_loss:.4f}")
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._printer.finish()
+        self._writer.close()

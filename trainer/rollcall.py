@@ -151,13 +151,14 @@ def _server(address: str) -> socket.socket:
 
 
 def _bind(where: str | None, port: int) -> socket.socket:
+    # Shared, as gRPC's own: the agent that chose the port holds it bound all the while.
     if where is None and socket.has_dualstack_ipv6():
         return socket.create_server(
-            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096
+            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096, reuse_port=True
         )
     name = where.rpartition(":")[0].strip("[]") if where else ""
     family = socket.AF_INET6 if ":" in name else socket.AF_INET
-    return socket.create_server((name, port), family=family, backlog=4096)
+    return socket.create_server((name, port), family=family, backlog=4096, reuse_port=True)
 
 
 def _say(connection: socket.socket, message: dict[str, object]) -> None:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[Sequence[jax.Array], Batch], tuple[list[jax.Array], Metrics]]
-EvalStep = Callable[[Sequence[jax.Array], Batch], Loss]PureLoss = Callable[[Any, Any, Batch], tuple[jax.Array, tuple[jax.Array, Any]]]
+EvalStep = Callable[[Sequence[jax.Array], Batch], Loss]
+PureLoss = Callable[[Any, Any, Batch], tuple[jax.Array, tuple[jax.Array, Any]]]
 
 _BATCHES = P(None, BATCH_AXES)  # Of arrays [M, B / M, ...]: each microbatch is split as the batch.
 
@@ -54,6 +55,7 @@ def make_train_step(
       The step. Its metrics are float32 scalars: `loss`, the mean before the update, and
       `grad_norm`, the global norm before clipping.
     """
+
     def step(leaves: Sequence[jax.Array], batch: Batch) -> tuple[list[jax.Array], Metrics]:
         model, optimizer = layout.merge(leaves)
         model.train()

@@ -64,8 +64,12 @@ class Task(abc.ABC):
         """A line or two about the data, printed by the lead process at the start."""
         return ""
 
-    def flops_per_example(self) -> float | None:
-        """Model FLOPs of one example's forward and backward pass, for MFU; None if not known."""
+    def flops_per_example(self, model: Any) -> float | None:
+        """Model FLOPs of one example's forward and backward pass, for MFU; None if not known.
+
+        `model` may be abstract: its variables hold shapes only.
+        """
+        del model
         return None
 
     def tokens_per_example(self) -> int:

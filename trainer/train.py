@@ -21,13 +21,18 @@ from trainer.data.feed import Feed
 from trainer.ledger import check_replication, make_ledger
 from trainer.loop import Ended, Loop, mean_loss
 from trainer.mesh import make_mesh, replicated
-from trainer.metrics import MetricWriter, Progress
+from trainer.metrics import Throughput
 from trainer.optimizer import Optimizer, make_optimizer
 from trainer.preemption import StopSignal
-from trainer.report import Reporter
+from trainer.report import Output, Reporter
 from trainer.sharding import make_rules
 from trainer.state import Leaves, StateLayout, init_state, make_layout
-from trainer.step import compile_eval_step, compile_train_step
+from trainer.step import (
+    compile_eval_step,
+    compile_train_step,
+    make_eval_step,
+    make_train_step,
+)
 from trainer.task import Task
 
 def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> int:
@@ -68,7 +73,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     # ------------------------------------------------------------------ restore, or a fresh state
     contract.report_progress(0, "restore")
     directory = os.path.join(workdir, contract.CHECKPOINTS)
-    saver = Checkpointer(directory, spec.checkpoint, config=config, log_every=spec.log_every_steps)
+    saver = Checkpointer(directory, spec.checkpoint, config=config)
     restored = saver.restore(layout.as_dict(layout.abstract))
     if restored is None:
         step, leaves = 0, init_state(layout)
@@ -87,29 +92,30 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     began = time.monotonic()
     train_step = None
     if step < spec.num_steps:
-        batch = feed.abstract()
-        train_step = compile_train_step(
-            task, layout, batch, optimizer, num_microbatches=spec.num_microbatches
-        )
+        update = make_train_step(task, layout, num_microbatches=spec.num_microbatches)
+        train_step = compile_train_step(update, layout, feed.abstract())
         say(f"compiled the training step in {time.monotonic() - began:.1f} s")
 
     # ------------------------------------------------------------------ loop
-    reporter = make_reporter(spec, task, layout, optimizer, workdir, step)
+    output = Output(workdir, step) if distributed.is_lead() else None
+    reporter = make_reporter(spec, task, layout, optimizer, output)
     evaluate = make_evaluate(spec, task, layout)
-    loop = Loop(
-        layout=layout,
-        num_steps=spec.num_steps,
-        eval_every_steps=spec.eval.every_steps if evaluate else 0,
-        train_step=train_step,
-        batches=feed,
-        saver=saver,
-        reporter=reporter,
-        stop_agreed=StopSignal().agreed,
-        evaluate=evaluate,
-    )
-    reporter.start(step)
-    ended = loop.run(leaves, step)
-    saver.wait()
+    with StopSignal() as stop:
+        loop = Loop(
+            layout=layout,
+            num_steps=spec.num_steps,
+            log_every_steps=spec.log_every_steps,
+            eval_every_steps=spec.eval.every_steps if evaluate else 0,
+            train_step=train_step,
+            batches=feed,
+            saver=saver,
+            reporter=reporter,
+            stop_agreed=stop.agreed,
+            evaluate=evaluate,
+        )
+        ended = loop.run(leaves, step)
+    if output:
+        output.close()
 
     # ------------------------------------------------------------------ finish
     code = contract.EXIT_RESUMABLE if ended.stopped else contract.EXIT_DONE
@@ -125,36 +131,24 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
 
 
 def make_reporter(
-    spec: TrainSpec, task: Task, layout: StateLayout, optimizer: Optimizer, workdir: str, step: int
+    spec: TrainSpec, task: Task, layout: StateLayout, optimizer: Optimizer, output: Output | None
 ) -> Reporter:
-    """A Reporter that writes the lead's files and progress lines, and nothing elsewhere."""
-    devices = layout.mesh.devices.size
-    peak = peak_flops(jax.devices()[0].device_kind)
-    flops = task.flops_per_example()
-
-    def mfu(step_seconds: float) -> float | None:
-        if not (peak and flops and step_seconds):
-            return None
-        return flops * spec.global_batch_size / step_seconds / (peak * devices)
-
-    def write(_: dict[str, Any]) -> None:
-        pass
-
-    if distributed.is_lead():
-        writer = MetricWriter(workdir, resume_step=step)
-        progress = Progress(spec.num_steps)
-
-        def write(record: dict[str, Any]) -> None:
-            writer.write(record)
-            progress.show(record)
-
+    """A Reporter for this run; it writes where there is an output."""
+    model, _ = layout.merge(layout.abstract)
+    flops = task.flops_per_example(model)
+    throughput = Throughput(
+        num_steps=spec.num_steps,
+        tokens_per_step=spec.global_batch_size * task.tokens_per_example(),
+        flops_per_step=flops * spec.global_batch_size if flops else None,
+        peak_flops_per_device=peak_flops(jax.devices()[0].device_kind),
+        num_devices=layout.mesh.devices.size,
+    )
     return Reporter(
-        write,
+        output,
+        throughput,
         log_every_steps=spec.log_every_steps,
         num_steps=spec.num_steps,
         learning_rate=optimizer.learning_rate,
-        tokens_per_step=spec.global_batch_size * task.tokens_per_example(),
-        mfu=mfu,
     )
 
 
@@ -174,7 +168,8 @@ def make_evaluate(
         feed = Feed(dataset, spec.global_batch_size, layout.mesh, "held-out data", endless=False)
         try:
             if not compiled:
-                compiled.append(compile_eval_step(task, layout, feed.abstract()))
+                step = make_eval_step(task, layout)
+                compiled.append(compile_eval_step(step, layout, feed.abstract()))
             batches = itertools.islice(feed, spec.eval.num_batches)
             return mean_loss(compiled[0], leaves, batches)
         finally:

@@ -21,6 +21,7 @@ from trainer.models.transformer_config import TransformerConfig
 from trainer.task import Batch, Loss, Task
 
 _SAMPLE_TOKENS = 200
+_SAMPLE_WINDOW = 64  # Tokens that a sampled token can see: each costs a pass over the window.
 _TEMPERATURE = 0.8
 _NEWLINE = 10  # A byte, and what a sample of bytes starts from.
 
@@ -154,19 +155,26 @@ class LanguageModel(Task):
         attention = 12 * config.num_layers * config.num_heads * config.width_of_head * L
         return float(L * (6 * N + attention))
 
-    def finish(self, model: Transformer, key: jax.Array) -> Mapping[str, jax.Array]:
-        """Write up to 200 tokens of the model's own. Collective: every process calls it.
+    def verdict(self, eval_loss: float) -> str:
+        """The held-out loss, for bytes beside the one that a model must beat."""
+        text = f"held-out loss {eval_loss:.3f} nats per token"
+        if self.data.kind == "bytes":
+            text += f" (byte-unigram entropy {self._corpus.unigram_entropy:.3f})"
+        return text
 
-        Bytes go on from a newline, other tokens from id 0. The whole window is run again for each
+    def finish(self, model: Transformer, key: jax.Array) -> Mapping[str, jax.Array]:
+        """Write 200 tokens of the model's own. Collective: every process calls it.
+
+        Bytes go on from a newline, other tokens from id 0. A short window is run again for each
         token: slow, but it needs no cache and so no second way to compute the model.
         """
-        length = min(_SAMPLE_TOKENS, self.data.seq_len) + 1
         start = _NEWLINE if self.data.kind == "bytes" else 0
-        return {"sample": sample(model, key, start=start, length=length)}
+        window = min(_SAMPLE_WINDOW, self.data.seq_len)
+        return {"sample": sample(model, key, start=start, length=_SAMPLE_TOKENS, window=window)}
 
     def show(self, results: Mapping[str, Any]) -> str:
         """The sample as text, or as token ids where it is not bytes."""
-        tokens = np.asarray(results["sample"])[1:]
+        tokens = np.asarray(results["sample"])
         if self.data.kind != "bytes":
             return "the model's own tokens: " + " ".join(str(token) for token in tokens)
         return "the model's own text:\n" + printable(tokens)
@@ -185,16 +193,25 @@ def token_loss(logits_BLV: jax.Array, targets_BL: jax.Array, z_loss: float = 0.0
     return Loss(jnp.sum(loss_BL), jnp.asarray(targets_BL.size, jnp.float32))
 
 
-def sample(model: Transformer, key: jax.Array, *, start: int, length: int) -> jax.Array:
-    """Draw [length] int32 tokens from the model, the first of which is `start`. Call under jit."""
+def sample(
+    model: Transformer, key: jax.Array, *, start: int, length: int, window: int
+) -> jax.Array:
+    """Draw [length] int32 tokens from the model after the token `start`. Call under jit.
 
-    def draw_one(i: jax.Array, tokens_L: jax.Array) -> jax.Array:
-        # What lies behind position i is not written yet, and is not seen: attention is causal.
-        logits_V = model(tokens_L[None, :-1])[0, i]
+    Each is drawn from a pass over the last `window` tokens.
+    """
+
+    def draw_one(i: jax.Array, tokens: jax.Array) -> jax.Array:
+        # tokens [1 + length]: what lies behind i is not written yet, and is not seen, since
+        # attention is causal.
+        first = jnp.maximum(i - (window - 1), 0)
+        seen = jax.lax.dynamic_slice(tokens, (first,), (window,))
+        logits_V = model(seen[None])[0, i - first]
         token = jax.random.categorical(jax.random.fold_in(key, i), logits_V / _TEMPERATURE)
-        return tokens_L.at[i + 1].set(token.astype(jnp.int32))
+        return tokens.at[i + 1].set(token.astype(jnp.int32))
 
-    return jax.lax.fori_loop(0, length - 1, draw_one, jnp.full(length, start, jnp.int32))
+    tokens = jnp.full(max(length + 1, window), start, jnp.int32)
+    return jax.lax.fori_loop(0, length, draw_one, tokens)[1 : length + 1]
 
 
 def printable(tokens: np.ndarray) -> str:

@@ -1,0 +1,152 @@
+"""The absl app: flags, distributed set-up, train.
+
+    python -m trainer.main --config=FILE --workdir=DIR [--config.x.y=V ...]
+
+`muster run` starts it on every process of a gang. Under another launcher it finds its place
+through `jax.distributed`'s own detection, or through the three explicit flags.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from absl import app, flags, logging
+
+from launch import contract
+from launch.spec import ConfigError, TrainSpec, closest, compare_configs, load_config, plain, train_spec
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", None, "The run directory, on a file system all processes share.")
+flags.DEFINE_string("coordinator_address", None, "host:port of process 0, to be told explicitly.")
+flags.DEFINE_integer("num_processes", None, "Processes in the gang; with coordinator_address.")
+flags.DEFINE_integer("process_id", None, "This process, from 0; with coordinator_address.")
+flags.DEFINE_float("initialization_timeout_seconds", 300.0, "How long to wait for all processes.")
+# Taken by launch.spec.load_config before absl sees the command line; here for --help.
+flags.DEFINE_string("config", None, "A config file; --config.x.y=V overrides a field of it.")
+
+
+def run(config: Any) -> int:
+    """Check the config, join the gang, train. Collective: every process must call this.
+
+    Args:
+      config: a ConfigDict; see `launch.spec.TrainSpec` for its fields.
+
+    Returns:
+      An exit code of `launch.contract`.
+    """
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life at INFO.
+    if not FLAGS.workdir:
+        raise ConfigError("", "--workdir is missing; give --workdir=DIR")
+    workdir = os.path.abspath(os.path.expanduser(FLAGS.workdir))
+    spec = train_spec(config)
+    check_same_run(workdir, config)
+
+    import jax
+
+    from trainer import distributed
+    from trainer.optimizer import make_optimizer
+    from trainer.task import load_task
+
+    use_compilation_cache(spec)
+    # What can be wrong in these sections is found before anybody waits for anybody.
+    make_optimizer(spec.optimizer)
+    task = load_task(spec.task, spec.model, spec.data)
+    place = distributed.initialize(
+        coordinator_address=FLAGS.coordinator_address,
+        num_processes=FLAGS.num_processes,
+        process_id=FLAGS.process_id,
+        timeout_seconds=FLAGS.initialization_timeout_seconds,
+    )
+    spec = train_spec(config, jax.device_count())
+    if distributed.is_lead():
+        print(
+            f"{place.num_processes} process(es), {jax.device_count()} "
+            f"{jax.devices()[0].device_kind} devices, jax {jax.__version__}",
+            flush=True,
+        )
+
+    from trainer.train import train
+
+    return train(spec, task, workdir, json.loads(json.dumps(plain(config))))
+
+
+def check_same_run(workdir: str, config: Any) -> None:
+    """Refuse to go on with another config's run.
+
+    Raises:
+      ConfigError: lists the differences that matter.
+    """
+    path = os.path.join(workdir, contract.CONFIG_RECORD)
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        differences = compare_configs(json.load(file), config)
+    refused = [str(difference) for difference in differences if not difference.allowed]
+    if refused:
+        raise ConfigError(
+            "workdir",
+            f"holds another config's run: {'; '.join(refused)}; take that config, or another "
+            "--workdir",
+            workdir,
+        )
+
+
+def use_compilation_cache(spec: TrainSpec) -> None:
+    """Let XLA's compiled programs outlive this process."""
+    import jax
+
+    if spec.compilation_cache:
+        directory = os.path.expanduser(spec.compilation_cache)
+        jax.config.update("jax_compilation_cache_dir", directory)
+        # The default, 1 s, leaves out programs that together take seconds.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def main() -> None:
+    """The command line."""
+    # Before anything that may fail, so that no error of one process can stall the others.
+    from trainer.distributed import run_main
+
+    def program() -> int:
+        loaded = load_config("config", sys.argv[1:])
+        return app_run(loaded.config, [sys.argv[0], *loaded.rest])
+
+    run_main(program)
+
+
+def app_run(config: Any, argv: list[str]) -> int:
+    """Run under absl, which parses the flags and sets up logging; returns the exit code."""
+    codes: list[int] = []
+    try:
+        app.run(lambda _: codes.append(run(config)), argv=argv, flags_parser=parse_flags)
+    except SystemExit as error:
+        if not codes:
+            raise
+        del error  # absl ends with sys.exit(None), whatever became of the run.
+    return codes[0]
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse absl's flags; a mistake is one line with the closest match.
+
+    Raises:
+      ConfigError: an unknown flag, a wrong value, or an argument that is no flag.
+    """
+    try:
+        rest = FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        known = [name for name in FLAGS if len(name) > 1]
+        raise ConfigError("", f"unknown flag --{error.flagname}; {closest(error.flagname, known)}") from None
+    except flags.Error as error:
+        raise ConfigError("", " ".join(str(error).split())) from None
+    if rest[1:]:
+        raise ConfigError("", f"unexpected argument {rest[1]!r}; flags are written --name=value")
+    return rest
+
+
+if __name__ == "__main__":
+    main()
