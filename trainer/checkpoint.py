@@ -4,15 +4,6 @@ Orbax's `AsyncCheckpointer` writes and commits. We do not use its `CheckpointMan
 any empty directory with a number for the newest step, returns False instead of saving when it has
 seen a later one, and asks JAX's preemption service for the step from a thread of its own, which
 can make the processes of a gang disagree on where to stop (orbax-checkpoint 0.12.8).
-
-A step directory holds
-
-    state/            every leaf by its dotted name, in Orbax's OCDBT format, not compressed
-    meta/             JSON: data position, config, versions, names, shapes and dtypes of the leaves
-    checksums.json    the manifest of all files above
-
-The manifest is written before the commit (each process digests what it wrote, and the lead adds
-the rest), so a step that is there at all has one, and one without it is damaged.
 """
 
 from __future__ import annotations
@@ -32,14 +23,20 @@ import jax
 import orbax.checkpoint as ocp
 
 from launch.spec import CheckpointSpec, ConfigError
-from trainer import checkpoint_directory, checksums, distributed
+from trainer import checkpoint_directory, checkpoint_format, checksums, distributed
+from trainer.checkpoint_format import (
+    MANIFEST,
+    META,
+    STATE,
+    StateHandler,
+    StateRestore,
+    StateSave,
+    compare,
+    describe,
+)
 from trainer.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
-
-MANIFEST = "checksums.json"
-_STATE, _META = "state", "meta"
-_PROCESS_MANIFEST = "checksums.process_{}.json"
 
 State = Mapping[str, jax.Array]
 
@@ -104,10 +101,10 @@ class Checkpointer:
         self._deletion: threading.Thread | None = None
         self._snapshot = Snapshot() if jax.default_backend() == "cpu" else None
         self._probe()
-        self._handler = _StateHandler(use_ocdbt=True, use_compression=False)
+        self._handler = StateHandler(use_ocdbt=True, use_compression=False)
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
-                **{_STATE: self._handler, _META: ocp.JsonCheckpointHandler()}
+                **{STATE: self._handler, META: ocp.JsonCheckpointHandler()}
             ),
             async_options=ocp.AsyncOptions(
                 timeout_secs=save_timeout_seconds,
@@ -190,7 +187,7 @@ class Checkpointer:
             "step": step,
             "data_position": data_position,
             "config": self._config,
-            "leaves": {name: _describe(array) for name, array in state.items()},
+            "leaves": {name: describe(array) for name, array in state.items()},
             "versions": {
                 name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")
             },
@@ -200,32 +197,16 @@ class Checkpointer:
         try:
             self._orbax.save(
                 self._path(step),
-                args=ocp.args.Composite(
-                    **{_STATE: _StateSave(state), _META: ocp.args.JsonSave(meta)}
-                ),
+                args=ocp.args.Composite(**{STATE: StateSave(state), META: ocp.args.JsonSave(meta)}),
             )
         except Exception as error:
             raise self._failed(error) from error
 
     def _write_manifest(self) -> None:
-        """Complete the checksums of a step that is about to be committed. Lead process only."""
         path = self._path(self._saving)
-        temporary = path.with_name(path.name + checkpoint_directory.TEMPORARY_SUFFIX)
-        digests: checksums.Digests = {}
-        for process in range(jax.process_count()):
-            own = temporary / _STATE / _PROCESS_MANIFEST.format(process)
-            digests |= {
-                f"{_STATE}/{name}": value for name, value in checksums.read_manifest(own).items()
-            }
-            own.unlink()
-        # Orbax changes the two files beside these until the commit; no restore needs them.
-        rest = [
-            name
-            for name in checksums.files_below(temporary)
-            if name not in digests and name.startswith((f"{_STATE}/", f"{_META}/"))
-        ]
-        digests |= checksums.digest_files(temporary, rest)
-        checksums.write_manifest(temporary / MANIFEST, digests)
+        checkpoint_format.complete_manifest(
+            path.with_name(path.name + checkpoint_directory.TEMPORARY_SUFFIX)
+        )
 
     def check(self) -> None:
         """Raise what went wrong with the save on its way, if anything. Cheap, and not collective.
@@ -270,7 +251,8 @@ class Checkpointer:
         )
         if drop:
             self._deletion = threading.Thread(
-                target=lambda: [checkpoint_directory.remove(self._path(step)) for step in drop],
+                target=checkpoint_directory.remove_all,
+                args=([self._path(step) for step in drop],),
                 name="checkpoint_deletion",
             )
             self._deletion.start()
@@ -311,13 +293,13 @@ class Checkpointer:
             return None
         path = self._path(step)
         meta = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(
-            path / _META, args=ocp.args.JsonRestore()
+            path / META, args=ocp.args.JsonRestore()
         )
-        _compare(meta["leaves"], abstract, path)
+        compare(meta["leaves"], abstract, path)
         wanted = dict(abstract)
         state = ocp.Checkpointer(self._handler).restore(
-            path / _STATE,
-            args=_StateRestore(
+            path / STATE,
+            args=StateRestore(
                 wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
             ),
         )
@@ -363,75 +345,3 @@ class Checkpointer:
 
     def _path(self, step: int | None) -> pathlib.Path:
         return self.directory / str(step)
-
-
-def _describe(array: Any) -> dict[str, Any]:
-    return {"shape": list(array.shape), "dtype": str(array.dtype)}
-
-
-def _compare(saved: Mapping[str, Any], wanted: State | Mapping[str, Any], path: Any) -> None:
-    """Refuse a checkpoint of another state: Orbax would cast dtypes without a word."""
-    found = {name: _describe(array) for name, array in wanted.items()}
-
-    def show(leaf: Mapping[str, Any]) -> str:
-        return f"{leaf['dtype']}{leaf['shape']}"
-
-    differences = [f"{name} is not saved there" for name in sorted(found.keys() - saved.keys())]
-    differences += [f"{name} is not in this run" for name in sorted(saved.keys() - found.keys())]
-    differences += [
-        f"{name} is {show(saved[name])} there, {show(found[name])} here"
-        for name in sorted(saved.keys() & found.keys())
-        if saved[name] != found[name]
-    ]
-    if differences:
-        raise ConfigError(
-            "",
-            f"the state of this config is not the one saved in {path}: {'; '.join(differences)}; "
-            "restore the config that wrote it, or give another --workdir",
-        )
-
-
-class _StateHandler(ocp.PyTreeCheckpointHandler):
-    """Orbax's handler of array trees; each process also digests the files that it has written.
-
-    The digests are part of what the commit waits for. A lead that read everything back by itself
-    would do it for the whole gang's bytes, through the network.
-    """
-
-    async def async_save(self, directory: Any, args: Any) -> Any:
-        futures = await super().async_save(directory, args=args)
-        return [_Then(futures or [], lambda: self._digest(pathlib.Path(directory)))]
-
-    @staticmethod
-    def _digest(directory: pathlib.Path) -> None:
-        process = jax.process_index()
-        own = directory / f"ocdbt.process_{process}"
-        names = checksums.files_below(own) if own.is_dir() else []
-        digests = checksums.digest_files(directory, [f"{own.name}/{name}" for name in names])
-        checksums.write_manifest(directory / _PROCESS_MANIFEST.format(process), digests)
-
-
-@ocp.args.register_with_handler(_StateHandler, for_save=True)
-@dataclasses.dataclass
-class _StateSave(ocp.args.PyTreeSave):
-    """Arguments of `_StateHandler.save`."""
-
-
-@ocp.args.register_with_handler(_StateHandler, for_restore=True)
-@dataclasses.dataclass
-class _StateRestore(ocp.args.PyTreeRestore):
-    """Arguments of `_StateHandler.restore`."""
-
-
-class _Then:
-    """A commit future: wait for others, then call a function."""
-
-    def __init__(self, futures: Any, function: Callable[[], None]):
-        self._futures = futures
-        self._function = function
-
-    def result(self, timeout: float | None = None) -> None:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for future in self._futures:
-            future.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        self._function()

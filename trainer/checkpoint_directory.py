@@ -82,6 +82,12 @@ def remove(path: pathlib.Path) -> None:
         log.warning("cannot delete %s: %s", path, error)
 
 
+def remove_all(paths: Iterable[pathlib.Path]) -> None:
+    """Delete directory trees, one after the other."""
+    for path in paths:
+        remove(path)
+
+
 def write_probe(directory: pathlib.Path, token: str) -> str | None:
     """Make the directory and write into it; the problem in words, or None."""
     try:

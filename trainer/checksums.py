@@ -40,7 +40,7 @@ def _digest(chunk: _Chunk) -> str:
     with open(chunk.path, "rb", buffering=0) as file:
         file.seek(chunk.start)
         while left:
-            count = file.readinto(buffer[: min(left, len(buffer))])  # type: ignore[attr-defined]
+            count = file.readinto(buffer[: min(left, len(buffer))])
             if not count:
                 break
             hasher.update(buffer[:count])

@@ -13,7 +13,7 @@ import ipaddress
 import json
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 _MAGIC = "muster-rollcall-1"
 _GO = {"go": True}
@@ -161,7 +161,7 @@ def _bind(where: str | None, port: int) -> socket.socket:
     return socket.create_server((name, port), family=family, backlog=4096, reuse_port=True)
 
 
-def _say(connection: socket.socket, message: dict[str, object]) -> None:
+def _say(connection: socket.socket, message: Mapping[str, object]) -> None:
     with contextlib.suppress(OSError):  # Who has gone meanwhile needs no answer.
         connection.sendall(json.dumps(message).encode() + b"\n")
 

@@ -8,7 +8,7 @@ that stay ours from save to save: fresh memory costs more in page faults than th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._copy: dict[str, jax.Array] | None = None
-        self._copy_into = None
+        self._copy_into: Callable[..., dict[str, jax.Array]] | None = None
 
     def take(self, state: State) -> dict[str, jax.Array]:
         """Copy the state. Collective: every process must call this.
@@ -47,5 +47,6 @@ class Snapshot:
             self._copy = jax.jit(lambda new: jax.tree.map(jnp.copy, new), out_shardings=shardings)(
                 state
             )
-        self._copy = jax.block_until_ready(self._copy_into(state, self._copy))
-        return self._copy
+        copy = self._copy_into(state, self._copy)
+        self._copy = copy
+        return jax.block_until_ready(copy)

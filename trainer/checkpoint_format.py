@@ -1,0 +1,131 @@
+"""What a checkpoint's step directory holds, and how Orbax is brought to write it.
+
+    state/            every leaf by its dotted name, in Orbax's OCDBT format, not compressed
+    meta/             JSON: data position, config, versions, names, shapes and dtypes of the leaves
+    checksums.json    the manifest of all files above
+
+The manifest is written before the commit (each process digests what it wrote, and the lead adds
+the rest), so a step that is there at all has one, and one without it is damaged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from launch.spec import ConfigError
+from trainer import checksums
+
+MANIFEST = "checksums.json"
+STATE, META = "state", "meta"
+_PROCESS_MANIFEST = "checksums.process_{}.json"
+
+
+def describe(array: Any) -> dict[str, Any]:
+    """Shape and dtype of an array or its abstract, as JSON."""
+    return {"shape": list(array.shape), "dtype": str(array.dtype)}
+
+
+def compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: object) -> None:
+    """Refuse a checkpoint of another state: Orbax would cast dtypes without a word.
+
+    Args:
+      saved: dotted name -> what `describe` said when it was saved.
+      wanted: dotted name -> array or abstract array.
+      path: of the checkpoint, for the message.
+
+    Raises:
+      ConfigError: names, shapes or dtypes differ; all of them are listed.
+    """
+    found = {name: describe(array) for name, array in wanted.items()}
+
+    def show(leaf: Mapping[str, Any]) -> str:
+        return f"{leaf['dtype']}{leaf['shape']}"
+
+    differences = [f"{name} is not saved there" for name in sorted(found.keys() - saved.keys())]
+    differences += [f"{name} is not in this run" for name in sorted(saved.keys() - found.keys())]
+    differences += [
+        f"{name} is {show(saved[name])} there, {show(found[name])} here"
+        for name in sorted(saved.keys() & found.keys())
+        if saved[name] != found[name]
+    ]
+    if differences:
+        raise ConfigError(
+            "",
+            f"the state of this config is not the one saved in {path}: {'; '.join(differences)}; "
+            "restore the config that wrote it, or give another --workdir",
+        )
+
+
+class StateHandler(ocp.PyTreeCheckpointHandler):
+    """Orbax's handler of array trees; each process also digests the files that it has written.
+
+    The digests are part of what the commit waits for. A lead that read everything back by itself
+    would do it for the whole gang's bytes, through the network.
+    """
+
+    async def async_save(self, directory: Any, args: Any) -> Any:
+        futures = await super().async_save(directory, args=args)
+        return [_Then(futures or [], lambda: self._digest(pathlib.Path(directory)))]
+
+    @staticmethod
+    def _digest(directory: pathlib.Path) -> None:
+        process = jax.process_index()
+        own = directory / f"ocdbt.process_{process}"
+        names = checksums.files_below(own) if own.is_dir() else []
+        digests = checksums.digest_files(directory, [f"{own.name}/{name}" for name in names])
+        checksums.write_manifest(directory / _PROCESS_MANIFEST.format(process), digests)
+
+
+@ocp.args.register_with_handler(StateHandler, for_save=True)
+@dataclasses.dataclass
+class StateSave(ocp.args.PyTreeSave):
+    """Arguments of `StateHandler.save`."""
+
+
+@ocp.args.register_with_handler(StateHandler, for_restore=True)
+@dataclasses.dataclass
+class StateRestore(ocp.args.PyTreeRestore):
+    """Arguments of `StateHandler.restore`."""
+
+
+class _Then:
+    """A commit future: wait for others, then call a function."""
+
+    def __init__(self, futures: Any, function: Callable[[], None]):
+        self._futures = futures
+        self._function = function
+
+    def result(self, timeout: float | None = None) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for future in self._futures:
+            future.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._function()
+
+
+def complete_manifest(temporary: pathlib.Path) -> None:
+    """Join the processes' checksums and add the rest, just before the commit. Lead process only.
+
+    Args:
+      temporary: the step's directory under its temporary name; nobody writes its items any more.
+    """
+    digests: checksums.Digests = {}
+    for process in range(jax.process_count()):
+        own = temporary / STATE / _PROCESS_MANIFEST.format(process)
+        for name, digest in checksums.read_manifest(own).items():
+            digests[f"{STATE}/{name}"] = digest
+        own.unlink()
+    # Orbax changes the two files beside these until the commit; no restore needs them.
+    rest = [
+        name
+        for name in checksums.files_below(temporary)
+        if name not in digests and name.startswith((f"{STATE}/", f"{META}/"))
+    ]
+    digests |= checksums.digest_files(temporary, rest)
+    checksums.write_manifest(temporary / MANIFEST, digests)
