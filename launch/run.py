@@ -177,7 +177,8 @@ def _cluster_record(cluster: Cluster) -> dict[str, Any]:
 
 def code_version() -> dict[str, Any] | None:
     """The current directory's git commit, and whether files differ from it; None outside of git."""
-    command = "git --no-optional-locks status --porcelain=v2 --branch --untracked-files=no".split()
+    command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
+    command += ["--untracked-files=no"]  # Looking for them can take long.
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
