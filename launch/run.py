@@ -155,6 +155,7 @@ def run(request: Request) -> int:
         verdict = Gang(supervisor, console).run(plans, attempt.path, run_dir.lock_fd)
     attempt.close(verdict.cause, verdict.message, verdict.guilty_process, verdict.guilty_host)
     version.join(timeout=5)
+    run_dir.release()
     console.say(_last_words(verdict, attempt.path))
     return verdict.exit_code
 
