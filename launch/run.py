@@ -6,7 +6,6 @@ import dataclasses
 import os
 import shlex
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,8 +54,6 @@ def make_request(argv: Sequence[str], flags: Mapping[str, str], command: Sequenc
     Raises:
       ConfigError: something in it cannot be.
     """
-    # The same modules can be imported by a config file as by `python -m trainer.main`.
-    sys.path.insert(0, os.getcwd())
     from_cluster = load_config("cluster", argv, open_sections=("env",))
     from_config = load_config("config", from_cluster.rest, required=False)
     rest = list(from_config.rest)

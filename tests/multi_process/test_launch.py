@@ -237,6 +237,9 @@ def test_a_killed_launcher_leaves_nothing_and_the_next_run_says_what_became_of_i
     assert len(muster.left()) > 6  # Two processes with two children each, and the agent.
     process.kill()
     process.communicate()
+    too_soon = muster.run(program="print('too soon')")
+    assert too_soon.returncode == 2
+    assert "was killed and its processes are still being stopped" in too_soon.stderr
     wait_until(lambda: not muster.left(), "everything to be gone", seconds=10)
     assert muster.run(program="print('again')").returncode == 0
     assert (muster.attempt(0)["cause"], muster.attempt(1)["cause"]) == ("killed", "completed")
@@ -252,6 +255,39 @@ def test_a_killed_agent_leaves_nothing_and_its_host_is_named(tmp_path):
     assert "host local1 was lost" in err
     assert (muster.attempt()["cause"], muster.attempt()["guilty_host"]) == ("host_lost", "local1")
     assert muster.left() == []
+
+
+def test_processes_die_even_when_launcher_and_agent_are_killed_at_once(muster):
+    program = """
+        import signal, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("ready", flush=True)
+        time.sleep(600)
+    """
+    process = start_and_wait(muster, program)
+    agent = muster.agents()[0]
+    os.kill(agent, signal.SIGSTOP)  # So that it cannot clean up in between.
+    process.kill()
+    os.kill(agent, signal.SIGKILL)
+    process.communicate()
+    wait_until(lambda: not muster.left(), "the processes to be gone", seconds=10)
+
+
+def test_a_reader_of_the_output_who_leaves_does_not_stop_the_run(muster):
+    program = """
+        import time
+        for number in range(20):
+            print("line", number, flush=True)
+            time.sleep(0.02)
+    """
+    process = muster.start(program=program)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "line 0\n"
+    process.stdout.close()
+    process.stdout = None
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert err.splitlines()[1:] == ["muster: completed"]
 
 
 def _stderr_name(pid: int) -> bytes:
