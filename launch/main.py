@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -42,6 +43,8 @@ _CONFIG_FLAGS = ("config", "cluster")
 
 def console() -> None:
     """Entry point of the `muster` script."""
+    # A config file can import what it could under `python -m trainer.main`.
+    sys.path.insert(0, os.getcwd())
     sys.exit(main(sys.argv[1:]))
 
 

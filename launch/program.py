@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import re
 import sys
@@ -38,10 +37,7 @@ def trainer_program(
     Raises:
       ConfigError: the processes would import something else than Muster's trainer.
     """
-    found = importlib.util.find_spec("trainer")
-    if found is None or not found.submodule_search_locations:
-        raise ConfigError("", "the package `trainer` is not installed beside `launch`")
-    package = Path(next(iter(found.submodule_search_locations))).resolve()
+    package = Path(__file__).resolve().parents[1] / "trainer"
     # `python -m` looks in the current directory first.
     for name in ("trainer", "trainer.py"):
         other = Path.cwd() / name

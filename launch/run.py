@@ -6,7 +6,6 @@ import dataclasses
 import os
 import shlex
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,8 +54,6 @@ def make_request(argv: Sequence[str], flags: Mapping[str, str], command: Sequenc
     Raises:
       ConfigError: something in it cannot be.
     """
-    # The same modules can be imported by a config file as by `python -m trainer.main`.
-    sys.path.insert(0, os.getcwd())
     from_cluster = load_config("cluster", argv, open_sections=("env",))
     from_config = load_config("config", from_cluster.rest, required=False)
     rest = list(from_config.rest)
@@ -155,6 +152,7 @@ def run(request: Request) -> int:
         verdict = Gang(supervisor, console).run(plans, attempt.path, run_dir.lock_fd)
     attempt.close(verdict.cause, verdict.message, verdict.guilty_process, verdict.guilty_host)
     version.join(timeout=5)
+    run_dir.release()
     console.say(_last_words(verdict, attempt.path))
     return verdict.exit_code
 
@@ -177,7 +175,8 @@ def _cluster_record(cluster: Cluster) -> dict[str, Any]:
 
 def code_version() -> dict[str, Any] | None:
     """The current directory's git commit, and whether files differ from it; None outside of git."""
-    command = "git --no-optional-locks status --porcelain=v2 --branch --untracked-files=no".split()
+    command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
+    command += ["--untracked-files=no"]  # Looking for them can take long.
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):

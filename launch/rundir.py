@@ -71,6 +71,10 @@ class RunDir:
         }
         _write_private(self.path / contract.RUN_RECORD, record)
 
+    def release(self) -> None:
+        """Give the directory back, as far as this process is concerned."""
+        os.close(self.lock_fd)
+
     def new_attempt(self, hosts: list[str]) -> Attempt:
         """Open the next attempt; one that its launcher never closed is closed first."""
         number = next_attempt(self.path)

@@ -161,7 +161,8 @@ class Supervisor:
         if not self._running:
             self.deadline = None
             return []
-        if _is_failure(event) and not self._stop_requests:
+        stopping = self._stop_requests > 0 or self._lost_host is not None
+        if _is_failure(event) and not stopping:
             first = not self._failed
             self._failed = True
             reason = f"process {event.process_id} {describe_exit(event)}"

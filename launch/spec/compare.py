@@ -61,7 +61,7 @@ def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, A
         if key == "schema" and not prefix:
             continue  # Of the record, not of the config.
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):  # An empty section has no fields, as an absent one.
             yield from _flatten(value, f"{name}.")
         else:
             yield name, value

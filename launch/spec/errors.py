@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -39,6 +38,8 @@ class ConfigError(ValueError):
 
 def closest(name: str, known: Iterable[str]) -> str:
     """A phrase that names the closest known name, or lists them all when none is close."""
+    import difflib  # Here, because only a mistake needs it.
+
     known = sorted(known)
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if matches:

@@ -8,11 +8,9 @@ its cached bytecode misses an edit within the same second that leaves the size a
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import sys
-import traceback
 import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -122,6 +120,8 @@ def _read(flag: str, source: str, path: str, arguments: list[str]) -> Any:
         rule = f"{error.filename}:{error.lineno}: syntax error: {error.msg}"
         raise ConfigError(flag, rule, source) from None
     except Exception as error:
+        import traceback
+
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         what = " ".join(f"{type(error).__name__}: {error}".split())
         place = f"{path}:{lines[-1]}" if lines else path
@@ -252,6 +252,8 @@ def _why(config: Any, field: str, value: str, error: Exception) -> str:
 
 def _suggest(flag: str, path: str = "") -> str:
     """Name the closest config files: beside the path that was asked for, and the shipped ones."""
+    import importlib.util
+
     subfolder = "cluster" if flag == "cluster" else ""
     folders = [os.path.dirname(path)] if path else []
     package = importlib.util.find_spec("configs")

@@ -1,0 +1,125 @@
+"""Real gangs for tests: run the `muster` command, and see what is left of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+from launch import contract, rundir
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_SECONDS = 120  # Against hanging only; nothing here is slow.
+
+
+class MusterCommand:
+    """`muster` with a run directory and a cluster file under a temporary directory."""
+
+    def __init__(self, folder: Path, **cluster: Any):
+        """Keyword arguments are fields of the cluster config."""
+        self.folder = folder
+        self.workdir = folder / "run"
+        self.cluster_file = folder / "cluster.py"
+        fields = {"backend": "local", "processes_per_host": 2, "env": {}, **cluster}
+        self.cluster_file.write_text(f"def get_config():\n    return {fields!r}\n")
+
+    def command(self, *flags: str, program: str | None = None) -> list[str]:
+        """`muster run` of Python source text as a program of the user's own."""
+        command = [sys.executable, "-m", "launch", "run", f"--cluster={self.cluster_file}"]
+        command += [f"--workdir={self.workdir}", *flags]
+        if program is not None:
+            file = self.folder / "program.py"
+            file.write_text(textwrap.dedent(program))
+            command += ["--", sys.executable, str(file)]
+        return command
+
+    def start(self, *flags: str, program: str | None = None) -> subprocess.Popen[str]:
+        """Start it, output and errors in pipes."""
+        return subprocess.Popen(
+            self.command(*flags, program=program),
+            cwd=self.folder,
+            env=environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, *flags: str, program: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Run it to its end."""
+        process = self.start(*flags, program=program)
+        try:
+            out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # The launcher then takes its gang along.
+            out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+            raise AssertionError(f"muster hung; it had said {out}\n{err}") from None
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def attempt(self, number: int = 0) -> dict[str, Any]:
+        """An attempt's record."""
+        path = rundir.attempt_path(self.workdir, number) / rundir.ATTEMPT_RECORD
+        return json.loads(path.read_text())
+
+    def log(self, process_id: int, number: int = 0) -> str:
+        """A process's log, "" where there is none yet."""
+        path = rundir.log_path(rundir.attempt_path(self.workdir, number), process_id)
+        return path.read_text() if path.exists() else ""
+
+    def wait_for_log(self, text: str, processes: int = 2, number: int = 0) -> None:
+        """Wait until every process has logged `text`."""
+        wait_until(
+            lambda: all(text in self.log(i, number) for i in range(processes)),
+            f"every process to log {text!r}",
+        )
+
+    def left(self) -> list[str]:
+        """What is alive of this run: processes that carry its environment, holders of its lock."""
+        wanted = f"{contract.RUN_DIR}={self.workdir}\0".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    environ = (entry / "environ").read_bytes()
+                    command = (entry / "cmdline").read_bytes()
+                except OSError:
+                    continue
+                if wanted in environ and command:  # A zombie has no command line.
+                    found.append(f"{entry.name}: {command.decode()}")
+        if self.workdir.exists() and rundir.owner(self.workdir) is not None:
+            found.append(f"an agent that holds the lock of {self.workdir}")
+        return found
+
+    def agents(self) -> list[int]:
+        """Process ids of this run's agents."""
+        lock = str(self.workdir / rundir.LOCK_FILE)
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    open_files = [os.readlink(fd) for fd in (entry / "fd").iterdir()]
+                    command = (entry / "cmdline").read_bytes()
+                except OSError:
+                    continue
+                if lock in open_files and b"agent.py" in command:
+                    found.append(int(entry.name))
+        return found
+
+
+def environment() -> dict[str, str]:
+    """This process's environment in which the packages under test are found, and no gang's."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MUSTER_")}
+    return {**env, "PYTHONPATH": str(ROOT)}
+
+
+def wait_until(condition: Any, what: str, seconds: float = 60.0) -> None:
+    """Poll until `condition()` holds; fail with `what` was waited for."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > limit:
+            raise AssertionError(f"waited {seconds} s for {what}")
+        time.sleep(0.02)

@@ -1,0 +1,54 @@
+"""Following logs in bounded memory, and quoting the guilty process."""
+
+from __future__ import annotations
+
+from launch.console import LogFollower, explain_failure, last_lines
+
+
+def test_lines_come_once_and_an_unfinished_one_waits_for_its_end(tmp_path):
+    log = tmp_path / "log"
+    follower = LogFollower(log)
+    assert follower.read() == []
+    log.write_bytes(b"one\ntw")
+    assert follower.read() == [b"one"]
+    with log.open("ab") as file:
+        file.write(b"o\nrest")
+    assert follower.read() == [b"two"]
+    assert follower.read(last=True) == [b"rest"]
+    assert follower.read(last=True) == []
+    follower.close()
+
+
+def test_a_follower_that_is_far_behind_skips_to_whole_lines_and_says_how_much(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"".join(b"%09d\n" % i for i in range(1_000_000)))
+    follower = LogFollower(log)
+    note, *lines = follower.read()
+    assert note == b"[9.9 MB not shown; all of it is in %s]" % str(log).encode()
+    assert [int(line) for line in lines] == list(range(1_000_000 - len(lines), 1_000_000))
+    assert len(lines) > 1000
+    follower.close()
+
+
+def test_a_line_without_an_end_does_not_gather_in_memory(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"x" * 1_000_000)
+    follower = LogFollower(log)
+    assert sum(map(len, follower.read())) == 1_000_000
+    assert follower.read(last=True) == []
+    follower.close()
+
+
+def test_the_last_lines_of_a_large_log_are_found(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("first\n" + "x" * 500_000 + "\nlast but one\n\nlast\n")
+    assert last_lines(log, 2) == ["last but one", "last"]
+    assert last_lines(tmp_path / "none", 2) == []
+
+
+def test_a_config_error_is_told_in_the_programs_own_last_error_line(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("noise\nerror: config.x=1: must be 2\n")
+    assert explain_failure("who", log, config_error=True) == "muster: error: config.x=1: must be 2"
+    log.write_text("noise\n")
+    assert "who" in explain_failure("who", log, config_error=True)

@@ -1,0 +1,67 @@
+"""What the local backend renders, and that starting needs no more than it says it does."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import launch.agent
+from launch.backends import local
+from launch.program import Program
+from launch.spec import cluster_spec
+from tests.testing.gangs import ROOT, environment
+
+GOLDEN = ROOT / "tests" / "golden" / "local_plan.json"
+RECORD = "python -m tests.unit.test_local"
+
+
+def rendered() -> str:
+    """The plans of two hosts with two processes each."""
+    cluster = cluster_spec(
+        {
+            "backend": "local",
+            "hosts": 2,
+            "processes_per_host": 2,
+            "devices_per_process": 3,
+            "env": {"XLA_FLAGS": "--x", "NPROC": "4"},
+            "grace_seconds": 90,
+        }
+    )
+    program = Program(("python", "-m", "trainer.main"), {"PYTHONPATH": "/code"})
+    plans = local.render(cluster, program, Path("/runs/one"), 7, 4242)
+    return json.dumps(plans, indent=1) + "\n"
+
+
+def test_the_local_plan_is_the_recorded_one():
+    want, got = GOLDEN.read_text(), rendered()
+    changes = difflib.unified_diff(want.splitlines(), got.splitlines(), "recorded", "rendered")
+    assert got == want, "\n".join([*changes, f"If it is meant, record it anew: {RECORD}"])
+
+
+def test_the_agent_needs_only_the_standard_library_and_python_3_9():
+    tree = ast.parse(Path(launch.agent.__file__).read_text(), feature_version=(3, 9))
+    nodes = list(ast.walk(tree))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in names} <= set(sys.stdlib_module_names)
+
+
+def test_the_launcher_imports_neither_jax_nor_the_trainer(tmp_path):
+    program = (
+        "import sys, launch.main as m; "
+        f"m.main(['run', '--cluster=configs/cluster/local.py', '--workdir={tmp_path}/run', "
+        "'--dry_run', '--', 'true']); "
+        "import launch.show, launch.gang; "
+        "bad = {'jax', 'jaxlib', 'numpy', 'flax', 'trainer'} & sys.modules.keys(); "
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), check=True)
+
+
+if __name__ == "__main__":
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(rendered())

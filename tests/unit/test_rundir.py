@@ -1,0 +1,66 @@
+"""The run directory: ownership, records, permissions."""
+
+from __future__ import annotations
+
+import json
+import stat
+
+import pytest
+
+from launch import contract, rundir
+from launch.spec import ConfigError
+
+
+def test_a_directory_in_use_is_refused_and_free_again_afterwards(tmp_path):
+    first = rundir.RunDir(tmp_path / "run")
+    with pytest.raises(ConfigError, match=f"in use by run {first.run_id} on host"):
+        rundir.RunDir(tmp_path / "run")
+    assert rundir.owner(first.path)["id"] == first.run_id
+    first.write_run()
+    first.release()
+    assert rundir.owner(first.path) is None
+    again = rundir.RunDir(tmp_path / "run")
+    assert again.run_id == first.run_id
+    again.release()
+
+
+def test_a_directory_that_cannot_be_made_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be used as a run directory: Not a directory"):
+        rundir.RunDir(tmp_path / "file" / "run")
+
+
+def test_records_and_folders_are_their_owners_alone(tmp_path):
+    run = rundir.RunDir(tmp_path / "run")
+    run.write_run(command=["muster", "--token=x"])
+    attempt = run.new_attempt(["local0"])
+    folders = (run.path, attempt.path)
+    files = (run.path / contract.RUN_RECORD, attempt.path / rundir.ATTEMPT_RECORD)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in folders] == [0o700] * 2
+    assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [0o600] * 2
+    run.release()
+
+
+def test_an_attempt_without_an_end_is_closed_by_the_next_one(tmp_path):
+    run = rundir.RunDir(tmp_path / "run")
+    first = run.new_attempt(["local0"])
+    exit_record = {"schema": 1, "process_id": 0, "ended_at": "2030-01-01T00:00:00Z"}
+    rundir.log_path(first.path, 0).touch()
+    rundir.exit_path(first.path, 0).write_text(json.dumps(exit_record))
+    progress = {"step": 9, "first_step": 4}
+    rundir.progress_path(first.path, 0).write_text(json.dumps(progress))
+    second = run.new_attempt(["local0"])
+    record = rundir.read_record(first.path / rundir.ATTEMPT_RECORD)
+    assert (record["cause"], record["ended_at"]) == ("killed", "2030-01-01T00:00:00Z")
+    assert (record["first_step"], record["last_step"]) == (4, 9)
+    assert (second.number, rundir.attempt_numbers(run.path)) == (1, [0, 1])
+    run.release()
+
+
+def test_another_config_is_refused_with_its_differences_and_a_longer_run_is_not(tmp_path):
+    config = {"num_steps": 5, "seed": 0}
+    (tmp_path / contract.CONFIG_RECORD).write_text(json.dumps({"schema": 1, **config}))
+    rundir.check_config(tmp_path, {**config, "num_steps": 50})
+    with pytest.raises(ConfigError, match=r"config\.seed: 0 there, 1 now") as caught:
+        rundir.check_config(tmp_path, {**config, "seed": 1})
+    assert "num_steps" not in str(caught.value)
