@@ -9,7 +9,7 @@ HERE = pathlib.Path(__file__).parent
 setup(
     name="muster",
     version="0.1.0",
-    description="Start one JAX training program on many machines and keep it alive until it is done.",
+    description="Start one JAX training program on many machines, and keep it alive.",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

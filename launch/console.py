@@ -13,6 +13,8 @@ from launch import contract, rundir
 _READ_BYTES = 1 << 18  # Most that is read of one log in one go.
 _BEHIND_BYTES = 1 << 21  # Further behind than this, the reader skips ahead.
 _TAIL_BYTES = 1 << 16  # Where it goes on, and what is searched for a log's last lines.
+# Gloo prints a line per group and rank as it connects; the logs keep them.
+_NOISE = b"[Gloo] Rank "
 _LINE_BYTES = 1 << 14  # A longer line is shown in parts.
 
 
@@ -102,6 +104,8 @@ class Console:
             print(text, file=sys.stderr, flush=True)
 
     def _show(self, line: bytes) -> None:
+        if line.startswith(_NOISE) and not self._prefixed:
+            return
         progress = self._in_place and line.startswith(contract.PROGRESS_PREFIX.encode())
         if progress:
             columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80

@@ -95,7 +95,9 @@ class Ledger:
         mesh = " ".join(f"{axis}={size}" for axis, size in self.mesh_shape.items())
         lines = [f"state on mesh {mesh}: {human_bytes(self.device_bytes)} per device"]
         for name, (total, device) in self.group_bytes().items():
-            lines.append(f"  {name:<10}{human_bytes(total):>11} in all{human_bytes(device):>11} each")
+            lines.append(
+                f"  {name:<10}{human_bytes(total):>11} in all{human_bytes(device):>11} each"
+            )
         if self.copies > 1:
             lines.append(f"  data={self.copies} keeps {self.copies} copies of it, by definition")
         wasteful = self.under_sharded()
@@ -169,7 +171,7 @@ def array_bytes(leaf: jax.ShapeDtypeStruct) -> tuple[int, int]:
         width = data.dtype.itemsize * math.prod(data.shape[len(leaf.shape) :])
     else:
         width = leaf.dtype.itemsize
-    shard = leaf.sharding.shard_shape(tuple(leaf.shape))  # type: ignore[union-attr]
+    shard = leaf.sharding.shard_shape(tuple(leaf.shape))
     return math.prod(leaf.shape) * width, math.prod(shard) * width
 
 

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
 from launch.contract import report_progress
+from trainer.checkpoint import Checkpointer
+from trainer.data.feed import Feed
 from trainer.report import Reporter
 from trainer.state import Leaves, StateLayout
-
-
-class Batches(Protocol):
-    """Global batches with a position that a checkpoint can hold."""
-
-    wait_seconds: float
-
-    def __next__(self) -> Any: ...
-    def position(self) -> dict[str, Any]: ...
-
-
-class Saver(Protocol):
-    """What the loop asks of a `trainer.checkpoint.Checkpointer`."""
-
-    def due(self, step: int, *, logging_step: bool) -> bool: ...
-    def save(self, step: int, state: dict, position: dict, *, final: bool = False) -> float: ...
-    def check(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,24 +24,25 @@ class Loop:
       num_steps: where to stop.
       log_every_steps: at these the lead's clock may ask for a checkpoint.
       eval_every_steps: 0 for never.
-      train_step: (leaves, batch) -> (leaves, metrics), compiled; it donates the leaves.
+      train_step: (leaves, batch) -> (leaves, metrics), compiled; it donates the leaves. None
+        when there is nothing left to train.
       batches: this process's part of every global batch, as global arrays.
       saver: checkpoints.
       reporter: metrics.
       stop_agreed: whether all processes stop after this step. Collective.
-      evaluate: leaves -> mean held-out loss. Collective.
+      evaluate: leaves -> mean held-out loss; None without held-out data. Collective.
     """
 
     layout: StateLayout
     num_steps: int
     log_every_steps: int
     eval_every_steps: int
-    train_step: Callable[[Leaves, Any], tuple[Leaves, Any]]
-    batches: Batches
-    saver: Saver
+    train_step: Callable[[Leaves, Any], tuple[Leaves, Any]] | None
+    batches: Feed
+    saver: Checkpointer
     reporter: Reporter
     stop_agreed: Callable[[int], bool]
-    evaluate: Callable[[Leaves], float]
+    evaluate: Callable[[Leaves], float] | None
 
     def run(self, leaves: Leaves, step: int) -> Ended:
         """Train from `step` to `num_steps`, or until a stop is agreed.
@@ -66,8 +52,9 @@ class Loop:
         Returns:
           The state after the last step, which has been handed to the saver.
         """
-        batch = next(self.batches) if step < self.num_steps else None
-        stopped = False
+        if self.train_step is None:
+            return Ended(leaves, step, stopped=False)
+        batch, stopped = next(self.batches), False
         report_progress(step, "step")
         # Any transfer that nobody asked for by name would stall the queue of dispatched steps.
         with jax.transfer_guard("disallow"):
@@ -84,8 +71,8 @@ class Loop:
                 ended = stopped or step == self.num_steps
                 if ended or self.saver.due(step, logging_step=step % self.log_every_steps == 0):
                     self._save(leaves, step, position, final=ended)
-                if self._eval_due(step) and not stopped:
-                    self._evaluate(leaves, step)
+                if self.evaluate and self._eval_due(step) and not stopped:
+                    self._evaluate(leaves, step, self.evaluate)
                 self.saver.check()
         return Ended(leaves, step, stopped)
 
@@ -101,11 +88,11 @@ class Loop:
         every = self.eval_every_steps
         return every > 0 and (step % every == 0 or step == self.num_steps)
 
-    def _evaluate(self, leaves: Leaves, step: int) -> None:
+    def _evaluate(self, leaves: Leaves, step: int, evaluate: Callable[[Leaves], float]) -> None:
         self.reporter.flush()
         report_progress(step, "eval")
         with self.reporter.not_stepping():
-            self.reporter.evaluated(step, self.evaluate(leaves))
+            self.reporter.evaluated(step, evaluate(leaves))
         report_progress(step, "step")
 
 

@@ -8,6 +8,7 @@ through `jax.distributed`'s own detection, or through the three explicit flags.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -16,7 +17,15 @@ from typing import Any
 from absl import app, flags, logging
 
 from launch import contract
-from launch.spec import ConfigError, TrainSpec, closest, compare_configs, load_config, plain, train_spec
+from launch.spec import (
+    ConfigError,
+    TrainSpec,
+    closest,
+    compare_configs,
+    load_config,
+    plain,
+    train_spec,
+)
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "The run directory, on a file system all processes share.")
@@ -121,13 +130,9 @@ def main() -> None:
 def app_run(config: Any, argv: list[str]) -> int:
     """Run under absl, which parses the flags and sets up logging; returns the exit code."""
     codes: list[int] = []
-    try:
+    with contextlib.suppress(SystemExit):  # absl ends with one, --help with another.
         app.run(lambda _: codes.append(run(config)), argv=argv, flags_parser=parse_flags)
-    except SystemExit as error:
-        if not codes:
-            raise
-        del error  # absl ends with sys.exit(None), whatever became of the run.
-    return codes[0]
+    return codes[0] if codes else contract.EXIT_DONE
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -140,7 +145,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         rest = FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         known = [name for name in FLAGS if len(name) > 1]
-        raise ConfigError("", f"unknown flag --{error.flagname}; {closest(error.flagname, known)}") from None
+        raise ConfigError(
+            "", f"unknown flag --{error.flagname}; {closest(error.flagname, known)}"
+        ) from None
     except flags.Error as error:
         raise ConfigError("", " ".join(str(error).split())) from None
     if rest[1:]:

@@ -145,11 +145,11 @@ class Reporter:
                     "loss": loss,
                     "grad_norm": float(metrics["grad_norm"]),
                     "learning_rate": self._rate(step - 1),
-                    "tokens_per_second": rates and rates.tokens_per_second,
-                    "step_seconds": rates and rates.step_seconds,
+                    "tokens_per_second": rates.tokens_per_second if rates else None,
+                    "step_seconds": rates.step_seconds if rates else None,
                     "data_wait_seconds": self._wait_seconds - wait,
                     "checkpoint_blocking_seconds": self._saving_seconds - saving,
-                    "mfu": rates and rates.mfu,
+                    "mfu": rates.mfu if rates else None,
                 },
             )
         self._logged = (self._wait_seconds, self._saving_seconds)

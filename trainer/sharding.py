@@ -55,7 +55,9 @@ def make_rules(overrides: Sequence[Any], mesh: Mesh) -> dict[str, MeshAxes]:
         name, axes = rule
         for axis in _as_tuple(axes):
             if axis not in mesh.shape:
-                raise ConfigError(field, f"no mesh axis {axis!r}; {closest(axis, mesh.shape)}", rule)
+                raise ConfigError(
+                    field, f"no mesh axis {axis!r}; {closest(axis, mesh.shape)}", rule
+                )
         rules[name] = axes
     return rules
 

@@ -35,6 +35,7 @@ from trainer.step import (
 )
 from trainer.task import Task
 
+
 def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> int:
     """Train until `spec.num_steps` or until told to stop; resumes what `workdir` holds.
 
@@ -71,30 +72,21 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
         _write_json(workdir, contract.LEDGER_RECORD, ledger.as_record())
 
     # ------------------------------------------------------------------ restore, or a fresh state
-    contract.report_progress(0, "restore")
-    directory = os.path.join(workdir, contract.CHECKPOINTS)
-    saver = Checkpointer(directory, spec.checkpoint, config=config)
-    restored = saver.restore(layout.as_dict(layout.abstract))
-    if restored is None:
-        step, leaves = 0, init_state(layout)
-    else:
-        step, leaves = restored.step, layout.from_dict(restored.state)
-        feed.restore(restored.data_position)
-        say(f"resumed from step {step} ({directory}/{step})")
-    if step >= spec.num_steps:
-        say(
-            f"already at step {step}, nothing to train: --config.num_steps={2 * step}, say, "
-            "trains on"
-        )
+    saver = Checkpointer(
+        os.path.join(workdir, contract.CHECKPOINTS), spec.checkpoint, config=config
+    )
+    step, leaves = restore_or_init(saver, layout, feed)
 
     # ------------------------------------------------------------------ compile
     contract.report_progress(step, "compile")
-    began = time.monotonic()
     train_step = None
     if step < spec.num_steps:
+        began = time.monotonic()
         update = make_train_step(task, layout, num_microbatches=spec.num_microbatches)
         train_step = compile_train_step(update, layout, feed.abstract())
         say(f"compiled the training step in {time.monotonic() - began:.1f} s")
+    else:
+        say(f"already at step {step}: --config.num_steps={2 * step}, say, trains on")
 
     # ------------------------------------------------------------------ loop
     output = Output(workdir, step) if distributed.is_lead() else None
@@ -105,7 +97,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
             layout=layout,
             num_steps=spec.num_steps,
             log_every_steps=spec.log_every_steps,
-            eval_every_steps=spec.eval.every_steps if evaluate else 0,
+            eval_every_steps=spec.eval.every_steps,
             train_step=train_step,
             batches=feed,
             saver=saver,
@@ -118,16 +110,26 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
         output.close()
 
     # ------------------------------------------------------------------ finish
-    code = contract.EXIT_RESUMABLE if ended.stopped else contract.EXIT_DONE
     if ended.stopped:
         say(f"told to stop: step {ended.step} is saved, the same command resumes from it")
     else:
         finish(task, layout, ended, reporter, spec.seed)
-    say(f"checkpoints: {directory}")
+    say(f"checkpoints: {saver.directory}")
     say(f"metrics and TensorBoard events: {workdir}")
     saver.close()
     feed.close()
-    return code
+    return contract.EXIT_RESUMABLE if ended.stopped else contract.EXIT_DONE
+
+
+def restore_or_init(saver: Checkpointer, layout: StateLayout, feed: Feed) -> tuple[int, Leaves]:
+    """The newest usable checkpoint, or a fresh state where the run has none. Collective."""
+    contract.report_progress(0, "restore")
+    restored = saver.restore(layout.as_dict(layout.abstract))
+    if restored is None:
+        return 0, init_state(layout)
+    feed.restore(restored.data_position)
+    say(f"resumed from step {restored.step} ({saver.directory / str(restored.step)})")
+    return restored.step, layout.from_dict(restored.state)
 
 
 def make_reporter(

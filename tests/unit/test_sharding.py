@@ -80,7 +80,9 @@ def test_a_model_without_names_is_split_over_fsdp_by_its_largest_dim_that_divide
 
 
 def test_a_rule_from_the_config_wins_over_the_table():
-    found = specs(layout_of(Named, {"data": 1, "fsdp": 8}, rules=(("mlp", "fsdp"), ("embed", None))))
+    found = specs(
+        layout_of(Named, {"data": 1, "fsdp": 8}, rules=(("mlp", "fsdp"), ("embed", None)))
+    )
     assert found["model.up.kernel"] == PartitionSpec(None, "fsdp")
 
 
@@ -89,7 +91,11 @@ def test_a_rule_from_the_config_wins_over_the_table():
     [
         (lambda r: Named(r, names=("embed", "mpl")), (), "no rule for logical axis 'mpl'.*'mlp'"),
         (lambda r: Named(r, width=15), (), r"tensor = 2 does not divide dim 1 \('mlp', 15\).*up"),
-        (lambda r: Named(r, names=("embed", "embed")), (), "up.kernel would use mesh axis 'fsdp' tw"),
+        (
+            lambda r: Named(r, names=("embed", "embed")),
+            (),
+            "up.kernel would use mesh axis 'fsdp' tw",
+        ),
         (lambda r: Named(r, names=("embed",)), (), "up.kernel has shape"),
         (Named, (("mlp", "tensr"),), "no mesh axis 'tensr'; did you mean 'tensor'"),
         (Named, ("mlp",), "must be a pair"),
@@ -126,7 +132,7 @@ def test_merge_and_leaves_of_are_inverse():
 def test_ledger_names_what_is_under_sharded_largest_first():
     ledger = make_ledger(layout_of(Unnamed, {"data": 2, "fsdp": 4}))
     worst = ledger.under_sharded()
-    assert [entry.name for entry in worst][0].endswith("head.bias")
+    assert worst[0].name.endswith("head.bias")
     assert {entry.missing_axes for entry in worst} == {("fsdp",)}
     assert worst[0].excess_bytes == 9  # 12 bytes, of which 3 would do.
     # 3*3*3*8 and 8 and 8*3 floats split by 4, 3 floats whole; twice more for the moments; 2 counts.

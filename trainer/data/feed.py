@@ -35,9 +35,7 @@ class Feed:
         self._sharding = batch_sharding(mesh)
         self._size = global_batch_size
         self._rows = rows_of_process(self._sharding, global_batch_size)
-        self._iterator = BatchIterator(
-            dataset, global_batch_size, self._rows, what=what, **options
-        )
+        self._iterator = BatchIterator(dataset, global_batch_size, self._rows, what=what, **options)
         self._example = dataset[0]
         self.position = self._iterator.position
         self.restore = self._iterator.restore

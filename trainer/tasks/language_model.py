@@ -105,7 +105,7 @@ class LanguageModel(Task):
 
     def _source(self, split: str) -> grain.sources.RandomAccessDataSource:
         """Examples of `train` or `eval`, as trainer.data.sources reads them."""
-        from trainer.data import sources
+        from trainer.data import records, sources
 
         data = self.data
         if data.kind == "bytes":
@@ -115,7 +115,7 @@ class LanguageModel(Task):
             if split == "train"
             else (data.eval_path, "config.data.eval_path")
         )
-        return sources.TokenRecords(path, data.seq_len, data.dtype, field)
+        return records.TokenRecords(path, data.seq_len, data.dtype, field)
 
     @functools.cached_property
     def _corpus(self) -> Any:
