@@ -208,6 +208,11 @@ class Checkpointer:
             path.with_name(path.name + checkpoint_directory.TEMPORARY_SUFFIX)
         )
 
+    @property
+    def saving(self) -> bool:
+        """Is a save on its way, as far as `check` and `wait` have seen?"""
+        return self._saving is not None
+
     def check(self) -> None:
         """Raise what went wrong with the save on its way, if anything. Cheap, and not collective.
 
