@@ -81,7 +81,10 @@ class Task(abc.ABC):
         return f"held-out loss {eval_loss:.4f}"
 
     def finish(self, model: Any, key: jax.Array) -> Mapping[str, jax.Array] | None:
-        """Compute something to show at the end, under jit. Collective: every process calls it."""
+        """Compute something to show at the end, under jit. Lead process only, on one device.
+
+        The model is whole there; one of more than 1 GiB is not gathered, and this not called.
+        """
         del model, key
         return None
 

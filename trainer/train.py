@@ -35,6 +35,9 @@ from trainer.step import (
 )
 from trainer.task import Task
 
+# A larger model is not gathered onto one device for `Task.finish`.
+FINISH_BYTES = 1 << 30
+
 
 def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> int:
     """Train until `spec.num_steps` or until told to stop; resumes what `workdir` holds.
@@ -181,19 +184,51 @@ def make_evaluate(
 
 
 def finish(task: Task, layout: StateLayout, ended: Ended, reporter: Reporter, seed: int) -> None:
-    """Show what the task wants to show of the trained model. Collective."""
+    """Show what the task wants to show of the trained model. Collective.
+
+    One device does it: in a loop that samples tokens, a sharded model would be gathered from all
+    processes for every one of them.
+    """
     if reporter.last_eval_loss is not None:
         say(f"done at step {ended.step}: {task.verdict(reporter.last_eval_loss)}")
     else:
         say(f"done at step {ended.step}")
 
-    def run(leaves: list[jax.Array]) -> Any:
-        model, _ = layout.merge(leaves)
-        model.eval()
-        return task.finish(model, jax.random.key(seed))
+    model_bytes, _ = make_ledger(layout).group_bytes()["params"]
+    if model_bytes <= FINISH_BYTES:
+        model = gather_model(layout, ended.leaves)
+        if distributed.is_lead():
+            show_results(task, layout, model, seed)
+    # Whoever left before the lead is done would wait for it in JAX's own, shorter, barrier.
+    distributed.barrier("finish", timeout_seconds=600.0)
 
-    results = jax.jit(run, out_shardings=replicated(layout.mesh))(ended.leaves)
-    if results is not None and distributed.is_lead():
+
+def gather_model(layout: StateLayout, leaves: Leaves) -> list[Any]:
+    """The model's leaves whole, on one device of each process. Collective."""
+    own = [name.startswith("model.") for name in layout.names]
+    chosen = [leaf for leaf, keep in zip(leaves, own, strict=True) if keep]
+    whole = jax.jit(list, out_shardings=replicated(layout.mesh))(chosen)
+    here = iter([leaf.addressable_data(0) for leaf in whole])
+    return [
+        next(here) if keep else leaf for leaf, keep in zip(layout.abstract, own, strict=True)
+    ]
+
+
+def show_results(task: Task, layout: StateLayout, leaves: list[Any], seed: int) -> None:
+    """Let the task compute something with the model, on one device, and print it. Lead only.
+
+    Args:
+      leaves: from `gather_model`; the optimizer's are abstract.
+    """
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+
+    def run(arrays: dict[int, jax.Array], key: jax.Array) -> Any:
+        model, _ = layout.merge([arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+        model.eval()
+        return task.finish(model, key)
+
+    results = jax.jit(run)(arrays, jax.random.key(seed))
+    if results is not None:
         print(task.show({name: np.asarray(value) for name, value in results.items()}), flush=True)
 
 

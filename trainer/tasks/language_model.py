@@ -163,7 +163,7 @@ class LanguageModel(Task):
         return text
 
     def finish(self, model: Transformer, key: jax.Array) -> Mapping[str, jax.Array]:
-        """Write 200 tokens of the model's own. Collective: every process calls it.
+        """Write 200 tokens of the model's own. Lead process only.
 
         Bytes go on from a newline, other tokens from id 0. A short window is run again for each
         token: slow, but it needs no cache and so no second way to compute the model.
