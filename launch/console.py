@@ -83,7 +83,6 @@ class Console:
         self._followers = {i: LogFollower(rundir.log_path(attempt, i)) for i in shown}
         self._in_place = sys.stdout.isatty() and not prefixed
         self._progress_shown = False
-        self._broken = False
 
     def show_new(self, last: bool = False) -> None:
         """Show what was logged since the last call."""
@@ -122,26 +121,23 @@ class Console:
             self._progress_shown = False
 
     def _write(self, data: bytes) -> None:
-        if self._broken:
-            return
         try:
             sys.stdout.buffer.write(data)
         except OSError:
-            self._break_off()
+            discard_output()
 
     def _flush(self) -> None:
-        if self._broken:
-            return
         try:
             sys.stdout.buffer.flush()
         except OSError:
-            self._break_off()
+            discard_output()
 
-    def _break_off(self) -> None:
-        """Nobody reads any more (`muster run | head`): the run goes on, its logs have it all."""
-        self._broken = True
-        # What is still buffered must go somewhere when the interpreter closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+def discard_output() -> None:
+    """Nobody reads any more (`muster run | head`): the run goes on, its logs have it all."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def last_lines(path: Path, count: int) -> list[str]:

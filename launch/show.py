@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import contract, rundir
-from launch.console import LogFollower
+from launch.console import LogFollower, discard_output
 from launch.spec.errors import ConfigError
 
 _FOLLOW_SECONDS = 0.1
@@ -127,8 +126,7 @@ def logs(run: str, flags: Mapping[str, str]) -> int:
         if "follow" in flags:
             _follow(path, attempt, process_id, LogFollower(log, offset))
     except BrokenPipeError:
-        # The reader had enough; nothing more may be written when the interpreter closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()  # The reader had enough.
     return contract.EXIT_DONE
 
 

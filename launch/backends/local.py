@@ -66,7 +66,7 @@ def process_env(
         contract.DEVICES_PER_PROCESS: str(cluster.devices_per_process),
         contract.PROGRESS_FILE: str(rundir.progress_path(attempt_dir, process_id)),
         # What jax.distributed.initialize() without arguments looks for: Open MPI comes first in
-        # its search. Without the device ids it would take one device, its local rank's.
+        # its search. On a GPU host it would take one device, its local rank's, without the ids.
         "OMPI_MCA_orte_hnp_uri": f"0.0;tcp://{address}",
         "OMPI_COMM_WORLD_SIZE": str(cluster.num_processes),
         "OMPI_COMM_WORLD_RANK": str(process_id),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -38,8 +39,10 @@ class MusterCommand:
             command += ["--", sys.executable, str(file)]
         return command
 
-    def start(self, *flags: str, program: str | None = None) -> subprocess.Popen[str]:
-        """Start it, output and errors in pipes."""
+    def start(
+        self, *flags: str, program: str | None = None, **options: Any
+    ) -> subprocess.Popen[str]:
+        """Start it, output and errors in pipes; further options are Popen's."""
         return subprocess.Popen(
             self.command(*flags, program=program),
             cwd=self.folder,
@@ -47,6 +50,7 @@ class MusterCommand:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            **options,
         )
 
     def run(self, *flags: str, program: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -77,22 +81,28 @@ class MusterCommand:
             f"every process to log {text!r}",
         )
 
-    def left(self) -> list[str]:
-        """What is alive of this run: processes that carry its environment, holders of its lock."""
+    def left(self) -> list[int]:
+        """What is alive of this run: processes that carry its environment, and its agents."""
         wanted = f"{contract.RUN_DIR}={self.workdir}\0".encode()
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
-                    environ = (entry / "environ").read_bytes()
-                    command = (entry / "cmdline").read_bytes()
+                    carries = wanted in (entry / "environ").read_bytes()
+                    zombie = not (entry / "cmdline").read_bytes()
                 except OSError:
                     continue
-                if wanted in environ and command:  # A zombie has no command line.
-                    found.append(f"{entry.name}: {command.decode()}")
-        if self.workdir.exists() and rundir.owner(self.workdir) is not None:
-            found.append(f"an agent that holds the lock of {self.workdir}")
-        return found
+                if carries and not zombie:
+                    found.append(int(entry.name))
+        return found + self.agents()
+
+    def check_nothing_is_left(self) -> None:
+        """Fail if anything survives the run by ten seconds; kill it, so that no test leaves it."""
+        try:
+            wait_until(lambda: not self.left(), "the run to leave nothing", seconds=10)
+        finally:
+            for pid in self.left():
+                os.kill(pid, signal.SIGKILL)
 
     def agents(self) -> list[int]:
         """Process ids of this run's agents."""
