@@ -209,9 +209,7 @@ def gather_model(layout: StateLayout, leaves: Leaves) -> list[Any]:
     chosen = [leaf for leaf, keep in zip(leaves, own, strict=True) if keep]
     whole = jax.jit(list, out_shardings=replicated(layout.mesh))(chosen)
     here = iter([leaf.addressable_data(0) for leaf in whole])
-    return [
-        next(here) if keep else leaf for leaf, keep in zip(layout.abstract, own, strict=True)
-    ]
+    return [next(here) if keep else leaf for leaf, keep in zip(layout.abstract, own, strict=True)]
 
 
 def show_results(task: Task, layout: StateLayout, leaves: list[Any], seed: int) -> None:
