@@ -114,7 +114,8 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         D, V = config.dim, config.vocab_size
         self.config = config
-        self.embedding_VD = _weight(config, rngs, (V, D), ("vocab", "embed"), D)
+        # Small, as in GPT-2: a tied head would else begin by predicting each token to come again.
+        self.embedding_VD = _weight(config, rngs, (V, D), ("vocab", "embed"), 2500)
         if config.scan_layers:
             self.layers = _stacked_layers(config, rngs)
         else:
@@ -139,8 +140,7 @@ class Transformer(nnx.Module):
         # own tokens up. Left to itself, XLA looks all tokens up in its slices.
         table_VD = _pin(self.embedding_VD[...].astype(config.dtype), P(P.UNCONSTRAINED, None))
         tokens_N = tokens_BL.reshape(-1).astype(jnp.int32)
-        # The table has rows of length one, as a head needs; the residual stream has unit variance.
-        x_ND = jnp.take(table_VD, tokens_N, axis=0) * math.sqrt(config.dim)
+        x_ND = jnp.take(table_VD, tokens_N, axis=0)
         x_ND = _over_batch_axes(x_ND, B)
         x_ND = self._apply_layers(x_ND, rope, B)
         x_ND = self.norm(x_ND)
@@ -194,7 +194,7 @@ class Rope(NamedTuple):
         return jnp.concatenate(turned, axis=-1).astype(x_LH.dtype)
 
 
-def causal_attention(q_BKGLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array) -> jax.Array:
+def causal_attention(q_BKGLH: jax.Array, keys_BKMH: jax.Array, values_BKMH: jax.Array) -> jax.Array:
     """Softmax attention of each position to itself and those before; queries come scaled.
 
     Queries are taken in up to four chunks, each of which looks only at the keys it can see: 3/8 of
@@ -202,27 +202,28 @@ def causal_attention(q_BKGLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array) -
 
     Args:
       q_BKGLH: [B, K, G, L, H], all query heads of a key head together.
-      k_BKMH, v_BKMH: [B, K, L, H].
+      keys_BKMH, values_BKMH: [B, K, L, H].
 
     Returns:
-      [B, K, G, L, H], of v's dtype.
+      [B, K, G, L, H], of the values' dtype.
     """
-    L = q_BKGLH.shape[3]
+    B, K, G, L, H = q_BKGLH.shape
     num_chunks = next(n for n in (4, 2, 1) if n == 1 or (L % n == 0 and L // n >= _MIN_CHUNK))
     size = L // num_chunks
     outs = []
     for start in range(0, L, size):
         end = start + size
-        scores_BKGLM = jnp.einsum(
-            "BKGLH,BKMH->BKGLM",
-            q_BKGLH[:, :, :, start:end],
-            k_BKMH[:, :, :end],
-            preferred_element_type=jnp.float32,
+        # X = G * size: a dot of more dims would make XLA copy its operands (and its gradients).
+        q_BKXH = q_BKGLH[:, :, :, start:end].reshape(B, K, G * size, H)
+        k_BKMH, v_BKMH = keys_BKMH[:, :, :end], values_BKMH[:, :, :end]
+        scores_BKXM = jnp.einsum(
+            "BKXH,BKMH->BKXM", q_BKXH, k_BKMH, preferred_element_type=jnp.float32
         )
-        visible_LM = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-        scores_BKGLM = jnp.where(visible_LM, scores_BKGLM, -1e30)
-        share_BKGLM = jax.nn.softmax(scores_BKGLM, axis=-1).astype(v_BKMH.dtype)
-        outs.append(jnp.einsum("BKGLM,BKMH->BKGLH", share_BKGLM, v_BKMH[:, :, :end]))
+        visible_XM = jnp.tile(jnp.arange(start, end)[:, None] >= jnp.arange(end), (G, 1))
+        scores_BKXM = jnp.where(visible_XM, scores_BKXM, -1e30)
+        share_BKXM = jax.nn.softmax(scores_BKXM, axis=-1).astype(v_BKMH.dtype)
+        out_BKXH = jnp.einsum("BKXM,BKMH->BKXH", share_BKXM, v_BKMH)
+        outs.append(out_BKXH.reshape(B, K, G, size, H))
     return jnp.concatenate(outs, axis=3)
 
 
