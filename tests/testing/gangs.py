@@ -21,8 +21,9 @@ TIMEOUT_SECONDS = 120  # Against hanging only; nothing here is slow.
 class MusterCommand:
     """`muster` with a run directory and a cluster file under a temporary directory."""
 
-    def __init__(self, folder: Path, **cluster: Any):
-        """Keyword arguments are fields of the cluster config."""
+    def __init__(self, folder: Path, python: str = sys.executable, **cluster: Any):
+        """Run by `python`; other keyword arguments are fields of the cluster config."""
+        self.python = python
         self.folder = folder
         self.workdir = folder / "run"
         self.cluster_file = folder / "cluster.py"
@@ -31,7 +32,7 @@ class MusterCommand:
 
     def command(self, *flags: str, program: str | None = None) -> list[str]:
         """`muster run` of Python source text as a program of the user's own."""
-        command = [sys.executable, "-m", "launch", "run", f"--cluster={self.cluster_file}"]
+        command = [self.python, "-m", "launch", "run", f"--cluster={self.cluster_file}"]
         command += [f"--workdir={self.workdir}", *flags]
         if program is not None:
             file = self.folder / "program.py"
