@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 CHUNK_BYTES = 64 * 2**20
-_BUFFER_BYTES = 2**20  # small enough to stay in the processor's cache between read and digest
+_BUFFER_BYTES = 2**18  # stays in the processor's cache between read and digest
 
 Digests = dict[str, dict[str, Any]]  # relative path -> {"bytes": int, "xxh3_64": [hex, ...]}
 

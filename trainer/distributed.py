@@ -189,6 +189,8 @@ def _detect(timeout_seconds: float, liveness: Mapping[str, int]) -> str:
 
 def gang_hint(env: Mapping[str, str]) -> str | None:
     """The `NAME=value` in the environment that speaks of more than one process, if any."""
+    if env.get(contract.ATTEMPT):  # Muster started this, and its other variables were lost.
+        return f"{contract.ATTEMPT}={env[contract.ATTEMPT]}"
     for name in _SIZE_VARIABLES:
         value = env.get(name, "")
         if value.isdigit() and int(value) > 1:

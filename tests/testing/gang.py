@@ -44,7 +44,7 @@ class Gang:
     def _path(self, process: int) -> pathlib.Path:
         return self.directory / f"process-{process}.log"
 
-    def wait(self, timeout_seconds: float = 60.0) -> dict[int, int]:
+    def wait(self, timeout_seconds: float = 120.0) -> dict[int, int]:
         """Exit codes by process id.
 
         Raises:
@@ -59,12 +59,12 @@ class Gang:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running:\n{self.logs()}") from None
 
-    def succeed(self, timeout_seconds: float = 60.0) -> None:
+    def succeed(self, timeout_seconds: float = 120.0) -> None:
         """Wait for all of them to exit with 0."""
         codes = self.wait(timeout_seconds)
         assert not any(codes.values()), f"exit codes {codes}\n{self.logs()}"
 
-    def wait_for(self, text: str, process: int = 0, timeout_seconds: float = 60.0) -> None:
+    def wait_for(self, text: str, process: int = 0, timeout_seconds: float = 120.0) -> None:
         """Wait until a process's log contains `text`."""
         deadline = time.monotonic() + timeout_seconds
         while text not in self.log(process):
