@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
-import sys
-import traceback
-from collections.abc import Callable, Mapping
-from typing import NoReturn
+from collections.abc import Mapping
 
 import jax
 
@@ -17,7 +13,7 @@ from launch.spec import ConfigError
 from trainer import rollcall
 from trainer.agreement import barrier, broadcast, gather, is_lead
 
-__all__ = ["Place", "barrier", "broadcast", "gather", "initialize", "is_lead", "run_main"]
+__all__ = ["Place", "barrier", "broadcast", "gather", "initialize", "is_lead"]
 
 # A dead host is noticed this late by its peers; the launcher usually sees the process end first.
 HEARTBEAT_TIMEOUT_SECONDS = 60
@@ -210,35 +206,3 @@ def _check_devices(promised: int) -> None:
             "adds devices (JAX_PLATFORMS, JAX_NUM_CPU_DEVICES, CUDA_VISIBLE_DEVICES)",
             promised,
         )
-
-
-def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Run the program and end the process with its exit code.
-
-    An error on one process of a gang must end that process at once: Python's own way out waits in
-    JAX's shutdown barrier for the others, which wait for this one, until all of them are aborted
-    and nothing says who was the cause.
-    """
-    try:
-        code = main() or contract.EXIT_DONE
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        _leave(contract.EXIT_CONFIG)
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
-        if code not in (contract.EXIT_DONE, contract.EXIT_RESUMABLE):
-            _leave(code)
-    except BaseException:
-        traceback.print_exc()
-        _leave(contract.EXIT_FAILED)
-    sys.exit(code)
-
-
-def _leave(code: int) -> NoReturn:
-    """End now, with everything said."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -26,6 +26,7 @@ from launch.spec import (
     plain,
     train_spec,
 )
+from trainer.exit import run_main
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "The run directory, on a file system all processes share.")
@@ -117,8 +118,6 @@ def use_compilation_cache(spec: TrainSpec) -> None:
 
 def main() -> None:
     """The command line."""
-    # Before anything that may fail, so that no error of one process can stall the others.
-    from trainer.distributed import run_main
 
     def program() -> int:
         loaded = load_config("config", sys.argv[1:])

@@ -24,6 +24,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from launch.spec import CheckpointSpec
 from trainer import distributed
+from trainer.exit import run_main
 from trainer.checkpoint import Checkpointer
 
 def shardings():
@@ -63,10 +64,11 @@ def checkpointer(**more):
 JOIN = """
 import time
 from trainer import distributed
+from trainer.exit import run_main
 """
 
 RUN = """
-distributed.run_main(main)
+run_main(main)
 """
 
 SAVE = (
@@ -332,6 +334,7 @@ def main():
 ALONE = """
 import os, signal, time
 from trainer import distributed
+from trainer.exit import run_main
 from trainer.preemption import StopSignal
 def main():
     print(distributed.initialize(), flush=True)
@@ -342,7 +345,7 @@ def main():
             if step == 3:
                 os.kill(os.getpid(), getattr(signal, os.environ["SEND"]))
             assert step < 10
-distributed.run_main(main)
+run_main(main)
 """
 
 
@@ -385,9 +388,10 @@ def test_explicit_arguments_make_a_gang_without_any_environment(tmp_path):
 import json, os, sys
 place = json.loads(os.environ["PLACE"])
 from trainer import distributed
+from trainer.exit import run_main
 def main():
     print(distributed.initialize(**place), distributed.gather("ids", place["process_id"]))
-distributed.run_main(main)
+run_main(main)
 """
     address = f"127.0.0.1:{free_port()}"
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MUSTER_")}
