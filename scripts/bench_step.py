@@ -34,10 +34,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from launch.spec import AXES, BATCH_AXES
+from launch.spec import MeshSpec
+from trainer.mesh import batch_sharding, make_mesh
+from trainer.sharding import make_rules
+from trainer.state import init_state, make_layout
 from trainer.step import compile_train_step, make_train_step
 from trainer.task import Task
 from trainer.tasks.language_model import LanguageModel
@@ -73,16 +75,13 @@ def bench_loop(rounds: int) -> None:
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     mesh = one_device_mesh()
     task = language_model()
-    state = State(task, tx, mesh)
+    trained = Trained(task, tx, mesh)
     tokens = some_tokens(BATCH, mesh)
-    ours = state.compile(task, tokens)
-
-    params = pure_params(state.model())
+    params = jax.tree.map(jnp.copy, pure_params(trained.model()))
     pure_leaves, treedef = jax.tree.flatten((params, tx.init(params)))
-    pure_leaves = jax.tree.map(jnp.copy, pure_leaves)
     pure = jax.jit(pure_step(treedef, tx), donate_argnums=0).lower(pure_leaves, tokens).compile()
 
-    our_loop = Loop("trainer", ours, state.leaves, {"tokens": tokens})
+    our_loop = trained.loop("trainer", tokens)
     pure_loop = Loop("pure JAX", pure, pure_leaves, tokens)
     losses = [float(loop.step()["loss"]) for loop in (our_loop, pure_loop)]
     if abs(losses[0] - losses[1]) > 1e-4:
@@ -214,9 +213,7 @@ def bench_host(rounds: int) -> None:
     tokens = some_tokens(BATCH, mesh)
     for num in (100, 400):
         task = ManyTask(num)
-        state = State(task, tx, mesh)
-        ours = Loop("trainer", state.compile(task, tokens), state.leaves, {"tokens": tokens})
-
+        ours = Trained(task, tx, mesh).loop("trainer", tokens)
         params = [jnp.ones(8) for _ in range(num)]
         leaves, treedef = jax.tree.flatten((params, tx.init(params)))
 
@@ -234,7 +231,7 @@ def bench_host(rounds: int) -> None:
         for loop, column in zip((ours, bare), times, strict=True):
             micros = 1e6 * statistics.median(column)
             print(f"host: {num} parameters, {loop.name:9} {micros:7.0f} us a step")
-        report("host", f"{num} parameters, trainer / bare call", *times, "at most 1.1")
+        report("host", f"{num} parameters, trainer / bare call", times[0], times[1], "at most 1.1")
 
 
 # ------------------------------------------------------------------------------- scaling
@@ -271,11 +268,9 @@ def scaling_member(member: str, rounds: int) -> None:
     task = language_model()
 
     def loop(name: str, devices: list[jax.Device], at_once: bool) -> Loop:
-        mesh = Mesh([[[d]] for d in devices], AXES, axis_types=(AxisType.Auto,) * 3)
-        state = State(task, tx, mesh)
+        mesh = make_mesh(MeshSpec(data=len(devices)), devices)
         tokens = some_tokens(BATCH * len(devices), mesh)
-        call = state.compile(task, tokens, one_all_reduce=at_once)
-        return Loop(name, call, state.leaves, {"tokens": tokens})
+        return Trained(task, tx, mesh).loop(name, tokens, one_all_reduce=at_once)
 
     alone = loop("1 x 1", jax.local_devices(), False)
     flat = loop("2 x 1, one all-reduce", jax.devices(), True)
@@ -299,39 +294,22 @@ def scaling_member(member: str, rounds: int) -> None:
 # -------------------------------------------------------------------------------- shared
 
 
-class State:
-    """A task's fresh training state as a layout and its leaves; what trainer.step works on."""
+class Trained:
+    """A task's fresh training state, as the trainer makes it, and its step."""
 
     def __init__(self, task: Task, tx: optax.GradientTransformation, mesh: Mesh):
-        def create() -> Any:
-            model = task.make_model(nnx.Rngs(0))
-            return nnx.split((model, nnx.Optimizer(model, tx, wrt=nnx.Param)))
-
-        self.mesh = mesh
-        with nnx.use_eager_sharding(False):
-            self.graphdef, abstract = nnx.eval_shape(create)
-            leaves, self.treedef = jax.tree.flatten(abstract)
-            self.shardings = [NamedSharding(mesh, P())] * len(leaves)
-            self.abstract = [
-                jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-                for leaf, sharding in zip(leaves, self.shardings, strict=True)
-            ]
-            init = jax.jit(lambda: jax.tree.leaves(create()[1]), out_shardings=self.shardings)
-            self.leaves = init()
-
-    def merge(self, leaves: Any) -> Any:
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves), copy=True)
-
-    def leaves_of(self, model: Any, optimizer: Any) -> list[jax.Array]:
-        return jax.tree.leaves(nnx.state((model, optimizer)))
+        self.task = task
+        self.layout = make_layout(task, tx, mesh, make_rules((), mesh), seed=0)
+        self.leaves = init_state(self.layout)
 
     def model(self) -> Any:
-        return self.merge(self.leaves)[0]
+        return self.layout.merge(self.leaves)[0]
 
-    def compile(self, task: Task, tokens: jax.Array, **options: Any) -> Any:
+    def loop(self, name: str, tokens: jax.Array, **options: Any) -> Loop:
         abstract = jax.ShapeDtypeStruct(tokens.shape, tokens.dtype, sharding=tokens.sharding)
-        step = make_train_step(task, self, **options)  # type: ignore[arg-type]
-        return compile_train_step(step, self, {"tokens": abstract})  # type: ignore[arg-type]
+        step = make_train_step(self.task, self.layout, **options)
+        call = compile_train_step(step, self.layout, {"tokens": abstract})
+        return Loop(name, call, self.leaves, {"tokens": tokens})
 
 
 class Loop:
@@ -378,14 +356,14 @@ def language_model() -> LanguageModel:
 
 
 def one_device_mesh() -> Mesh:
-    return jax.make_mesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return make_mesh(MeshSpec(data=1), jax.devices()[:1])
 
 
 def some_tokens(batch: int, mesh: Mesh) -> jax.Array:
     """[batch, LENGTH + 1] int32, split over the mesh."""
     make = jax.jit(
         lambda: jax.random.randint(jax.random.key(1), (batch, LENGTH + 1), 0, VOCAB),
-        out_shardings=NamedSharding(mesh, P(BATCH_AXES)),
+        out_shardings=batch_sharding(mesh),
     )
     return make()
 

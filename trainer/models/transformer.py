@@ -116,10 +116,7 @@ class Transformer(nnx.Module):
         self.config = config
         # Small, as in GPT-2: a tied head would else begin by predicting each token to come again.
         self.embedding_VD = _weight(config, rngs, (V, D), ("vocab", "embed"), 2500)
-        if config.scan_layers:
-            self.layers = _stacked_layers(config, rngs)
-        else:
-            self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_layers)])
+        self.layers = _make_layers(config, rngs)
         self.norm = RMSNorm(config)
         if not config.tied_head:
             self.head_DV = _weight(config, rngs, (D, V), ("embed", "vocab"), D)
@@ -249,15 +246,27 @@ def _project(x_NI: jax.Array, weight: nnx.Param, dtype: str) -> jax.Array:
     return x_NI @ weight[...].astype(dtype).reshape(x_NI.shape[1], -1)
 
 
-def _stacked_layers(config: TransformerConfig, rngs: nnx.Rngs) -> Layer:
-    """One Layer whose parameters have a first dim `layers`."""
+def _make_layers(config: TransformerConfig, rngs: nnx.Rngs) -> Layer | nnx.List:
+    """A list of Layers, or for a scan one Layer whose parameters have a first dim `layers`.
+
+    Both are drawn at once and so have the same numbers. Drawn layer by layer, each parameter would
+    be a random generator of its own to compile: a second for every two or three of them on CPU.
+    """
 
     @nnx.split_rngs(splits=config.num_layers)
-    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
+    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"} if config.scan_layers else {})
     def make(rngs: nnx.Rngs) -> Layer:
         return Layer(config, rngs)
 
-    return make(rngs)
+    stacked = make(rngs)
+    if config.scan_layers:
+        return stacked
+    graphdef, state = nnx.split(stacked)
+
+    def take(number: int) -> Layer:
+        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[number], state))
+
+    return nnx.List([take(number) for number in range(config.num_layers)])
 
 
 def _over_batch_axes(x_ND: jax.Array, batch: int) -> jax.Array:
