@@ -19,7 +19,6 @@ from absl import app, flags, logging
 from launch import contract
 from launch.spec import (
     ConfigError,
-    TrainSpec,
     closest,
     compare_configs,
     load_config,
@@ -57,11 +56,11 @@ def run(config: Any) -> int:
 
     import jax
 
-    from trainer import distributed
+    from trainer import compile_cache, distributed
     from trainer.optimizer import make_optimizer
     from trainer.task import load_task
 
-    use_compilation_cache(spec)
+    compile_cache.use(spec.compilation_cache)
     # What can be wrong in these sections is found before anybody waits for anybody.
     make_optimizer(spec.optimizer)
     task = load_task(spec.task, spec.model, spec.data)
@@ -103,17 +102,6 @@ def check_same_run(workdir: str, config: Any) -> None:
             "--workdir",
             workdir,
         )
-
-
-def use_compilation_cache(spec: TrainSpec) -> None:
-    """Let XLA's compiled programs outlive this process."""
-    import jax
-
-    if spec.compilation_cache:
-        directory = os.path.expanduser(spec.compilation_cache)
-        jax.config.update("jax_compilation_cache_dir", directory)
-        # The default, 1 s, leaves out programs that together take seconds.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def main() -> None:

@@ -95,6 +95,7 @@ def _listen(
             )
             _dismiss(present.values(), problem)
             raise TimeoutError(problem)
+        server.close()  # The next to listen there is JAX's service.
         for connection in present.values():
             _say(connection, _GO)
 
@@ -120,7 +121,7 @@ def _answer(
             problem = str(error)
             said = None
         if said == _GO:
-            return
+            return _wait_for_service(host.strip("[]"), int(port))
         if said and "error" in said and "another gang" not in str(said["error"]):
             raise TimeoutError(str(said["error"]))
         problem = str(said["error"]) if said and "error" in said else problem
@@ -129,6 +130,18 @@ def _answer(
         f"process 0 of {hello['processes']} never came within {timeout_seconds:g} s: no roll call "
         f"at {address} ({problem}); see its log"
     )
+
+
+def _wait_for_service(host: str, port: int, patience_seconds: float = 5.0) -> None:
+    """Wait until something listens again: a client of JAX's that comes too early waits a second."""
+    limit = time.monotonic() + patience_seconds
+    while time.monotonic() < limit:
+        try:
+            socket.create_connection((host, port), timeout=1.0).close()
+        except OSError:
+            time.sleep(0.005)
+        else:
+            return
 
 
 def _server(address: str) -> socket.socket:

@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from trainer import sharding
+from trainer import compile_cache, sharding
 from trainer.task import Task
 
 Leaves = list[jax.Array]
@@ -115,7 +115,9 @@ def init_state(layout: StateLayout) -> Leaves:
         constrain(optimizer, nnx.optimizer.OptState, layout)
         return layout.leaves_of(model, optimizer)
 
-    return jax.jit(init, out_shardings=layout.shardings)()
+    with compile_cache.written_by_all():
+        made = jax.jit(init, out_shardings=layout.shardings).lower().compile()
+    return made()
 
 
 def constrain(module: Any, kind: type[nnx.Variable], layout: StateLayout) -> None:

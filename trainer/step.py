@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from launch.spec import BATCH_AXES
+from trainer import compile_cache
 from trainer.task import Batch, Loss, Task
 
 if TYPE_CHECKING:
@@ -125,7 +126,9 @@ def _compile(
     # The mesh in context is for models that pin their activations. It must not make NNX shard
     # variables on its own account while modules are put together.
     with nnx.use_eager_sharding(False), jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
-        return jitted.lower(list(layout.abstract), batch).compile()
+        lowered = jitted.lower(list(layout.abstract), batch)
+    with compile_cache.written_by_all():
+        return lowered.compile()
 
 
 class _Sums(NamedTuple):

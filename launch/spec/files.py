@@ -8,6 +8,7 @@ its cached bytecode misses an edit within the same second that leaves the size a
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -54,7 +55,8 @@ def load_config(
     source, remaining = _take_source(flag, argv)
     prefix = re.compile(rf"--?(no)?{flag}\.")
     if source is None:
-        stray = next((arg for arg in remaining if prefix.match(arg)), None)
+        ours = itertools.takewhile(lambda arg: arg != "--", remaining)  # Not the program's own.
+        stray = next((arg for arg in ours if prefix.match(arg)), None)
         if stray:
             raise ConfigError("", f"{stray}: there is no --{flag}=FILE whose field it could be")
         if required:

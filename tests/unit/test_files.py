@@ -174,3 +174,10 @@ def test_differences_in_speed_or_length_are_allowed_and_others_are_not():
     assert "config.num_steps" in found
     assert "config.same" not in found
     assert "config.optimizer.chain" not in found
+
+
+def test_what_follows_two_dashes_is_the_programs_own():
+    argv = ["--", "python", "x.py", "--config.a=1", "--config=y.py"]
+    loaded = load_config("config", argv, required=False)
+    assert loaded.config is None
+    assert loaded.rest == argv
