@@ -65,6 +65,8 @@ def make_train_step(
         at_once = one_all_reduce
         if at_once is None:
             at_once = _one_all_reduce_pays(layout) and not jax.tree.leaves(rest)
+        elif at_once and jax.tree.leaves(rest):
+            raise ValueError("one_all_reduce: the model has state besides its parameters")
         batches = _microbatches(batch, num_microbatches)
         batches = jax.lax.with_sharding_constraint(batches, NamedSharding(layout.mesh, _BATCHES))
         if at_once:

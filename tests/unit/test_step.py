@@ -1,0 +1,270 @@
+"""One update is the same however its batch is split, compiles once, and keeps its layout."""
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import monitoring
+
+from launch.spec import MeshSpec
+from trainer.mesh import batch_sharding, make_mesh
+from trainer.sharding import make_rules
+from trainer.state import init_state, make_layout
+from trainer.step import (
+    compile_eval_step,
+    compile_train_step,
+    make_eval_step,
+    make_train_step,
+)
+from trainer.task import Loss, Task
+
+BATCH, WIDTH = 16, 8
+
+
+def wave(key, shape, dtype, **_):
+    """Unlike numbers, quicker to compile than random ones."""
+    return jnp.cos(3.0 * jnp.arange(np.prod(shape), dtype=dtype)).reshape(shape)
+
+
+class Net(nnx.Module):
+    """Two layers, and between them what a test asks for."""
+
+    def __init__(self, rngs, dropout=0.0, sow=False):
+        self.inner = nnx.Linear(WIDTH, 16, kernel_init=wave, rngs=rngs)
+        self.outer = nnx.Linear(16, 1, kernel_init=wave, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.should_sow = sow
+
+    def __call__(self, x):
+        x = jnp.tanh(self.inner(x))
+        if self.should_sow:
+            self.sow(nnx.Intermediate, "hidden", x)
+        if self.dropout:
+            x = self.dropout(x)
+        return self.outer(x)[..., 0]
+
+
+class Fit(Task):
+    """Squared error weighted by example, or the plain mean as a scalar."""
+
+    def __init__(self, scalar=False, **net):
+        super().__init__({}, {})
+        self.scalar, self.net = scalar, net
+
+    def make_model(self, rngs):
+        model = Net(rngs, **self.net)
+        model.eval()  # As a user may leave it; a step must not depend on it.
+        return model
+
+    def loss(self, model, batch):
+        errors = jnp.square(model(batch["x"]) - batch["y"])
+        if self.scalar:
+            return errors.mean()
+        return Loss(jnp.sum(errors * batch["weight"]), jnp.sum(batch["weight"]))
+
+    def train_data(self, seed):
+        return grain.MapDataset.range(1)
+
+
+def batch_of(seed=0):
+    rng = np.random.default_rng(seed)
+    # Most of the weight is on the first rows: no two parts of the batch weigh the same.
+    weight = np.arange(BATCH, 0, -1, dtype=np.float32) ** 2
+    return {
+        "x": rng.normal(size=(BATCH, WIDTH)).astype(np.float32),
+        "y": rng.normal(size=BATCH).astype(np.float32),
+        "weight": weight,
+    }
+
+
+class Run:
+    """A task's state and compiled step on a mesh."""
+
+    def __init__(self, task, mesh_spec=None, tx=None, **options):
+        spec = mesh_spec or MeshSpec(data=1)
+        num_devices = spec.data * spec.fsdp * spec.tensor
+        mesh = make_mesh(spec, jax.devices()[:num_devices])
+        tx = tx or optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
+        self.task = task
+        self.layout = make_layout(task, tx, mesh, make_rules((), mesh), seed=0)
+        self.leaves = init_state(self.layout)
+        self.batch = jax.device_put(batch_of(), batch_sharding(mesh))
+        step = make_train_step(task, self.layout, **options)
+        self.compiled = compile_train_step(step, self.layout, self.abstract_batch())
+
+    def abstract_batch(self):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.batch
+        )
+
+    def step(self, count=1):
+        """Metrics of each of `count` steps."""
+        rows = []
+        for _ in range(count):
+            self.leaves, metrics = self.compiled(self.leaves, self.batch)
+            rows.append({name: float(value) for name, value in metrics.items()})
+        return rows
+
+    def evaluate(self):
+        """[total, weight] of the batch."""
+        step = make_eval_step(self.task, self.layout)
+        compiled = compile_eval_step(step, self.layout, self.abstract_batch())
+        return [float(part) for part in compiled(self.leaves, self.batch)]
+
+    def state(self):
+        return {
+            name: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+            for name, leaf in self.layout.as_dict(self.leaves).items()
+        }
+
+
+def is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def assert_same_training(run, other, steps=3):
+    for metrics, expected in zip(run.step(steps), other.step(steps), strict=True):
+        assert metrics == pytest.approx(expected, rel=1e-5)
+    expected = other.state()
+    for name, leaf in run.state().items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Metrics and state after three steps on one device with the batch in one piece."""
+    run = Run(Fit())
+    return run.step(3), run.state()
+
+
+def test_metrics_are_the_weighted_mean_loss_and_the_norm_of_its_gradient(whole):
+    run, batch = Run(Fit()), batch_of()
+    model, _ = run.layout.merge(run.leaves)
+
+    def loss(model):
+        errors = jnp.square(model(batch["x"]) - batch["y"])
+        return jnp.sum(errors * batch["weight"]) / jnp.sum(batch["weight"])
+
+    value, grads = nnx.value_and_grad(loss)(model)
+    norm = np.sqrt(sum(np.sum(np.square(grad)) for grad in jax.tree.leaves(grads)))
+    first = whole[0][0]
+    assert first == pytest.approx({"loss": float(value), "grad_norm": norm}, rel=1e-5)
+    assert whole[0][2]["loss"] < first["loss"]
+
+
+SPLITS = {
+    "four microbatches": ({}, {"num_microbatches": 4}),
+    "eight devices": ({"data": 8}, {}),
+    "fsdp and microbatches": ({"data": 2, "fsdp": 4}, {"num_microbatches": 2}),
+    "tensor": ({"data": 2, "fsdp": 2, "tensor": 2}, {}),
+    "one all-reduce": ({"data": 8}, {"one_all_reduce": True}),
+    "one all-reduce, microbatches": ({"data": 8}, {"one_all_reduce": True, "num_microbatches": 2}),
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_uneven_weights_train_the_same_however_the_batch_is_split(split, whole):
+    sizes, options = SPLITS[split]
+    run = Run(Fit(), MeshSpec(**{"data": 1, **sizes}), **options)
+    for metrics, expected in zip(run.step(3), whole[0], strict=True):
+        assert metrics == pytest.approx(expected, rel=1e-5)
+    for name, leaf in run.state().items():
+        np.testing.assert_allclose(leaf, whole[1][name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_scalar_loss_is_the_mean_over_examples_in_microbatches_too():
+    run = Run(Fit(scalar=True), num_microbatches=4)
+    assert_same_training(run, Run(Fit(scalar=True)))
+    assert run.evaluate()[1] == BATCH
+
+
+def test_the_rows_of_a_batch_do_not_move_between_devices_to_form_microbatches():
+    program = Run(Fit(), MeshSpec(data=8), num_microbatches=2).compiled.as_text()
+    assert " all-reduce(" in program
+    for move in ("all-to-all", "collective-permute", "all-gather"):
+        assert f" {move}(" not in program
+
+
+def test_a_loss_that_is_no_scalar_is_refused_by_the_tasks_name():
+    class PerExample(Fit):
+        def loss(self, model, batch):
+            return model(batch["x"])
+
+    with pytest.raises(TypeError, match=r"PerExample\.loss returned shape \(16,\)"):
+        Run(PerExample())
+
+
+def test_one_all_reduce_is_one_and_leaves_nothing_else_to_reduce():
+    once = Run(Fit(), MeshSpec(data=8), one_all_reduce=True).compiled.as_text()
+    lines = [line for line in once.splitlines() if " all-reduce(" in line]
+    assert len(lines) == 1
+    assert " = (" not in lines[0]  # Not a tuple, whose parts go over the wire one by one.
+
+
+def test_nothing_is_compiled_again_and_no_sharding_drifts_in_three_steps():
+    run = Run(Fit(), MeshSpec(data=2, fsdp=4))
+    run.step()
+    before = [leaf.sharding for leaf in run.leaves]
+    compiled = []
+
+    def record(name, *_args, **_kwargs):
+        if name.endswith("backend_compile_duration"):
+            compiled.append(name)
+
+    monitoring.register_event_duration_secs_listener(record)
+    try:
+        run.step(3)
+        assert compiled == []
+        jax.jit(lambda x: x + 12345)(1)
+        assert compiled  # The listener does hear of compilations.
+    finally:
+        monitoring.clear_event_listeners()
+    assert [leaf.sharding for leaf in run.leaves] == before == run.layout.shardings
+
+
+def test_the_step_donates_its_state():
+    run = Run(Fit())
+    old = list(run.leaves)
+    run.step()
+    assert all(leaf.is_deleted() for leaf in old)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_microbatches": 2}, {"num_microbatches": 4}])
+def test_dropout_draws_anew_in_every_microbatch_and_its_count_is_state(options):
+    run = Run(Fit(dropout=0.5), MeshSpec(data=8) if not options else None, frozen(), **options)
+    losses = [row["loss"] for row in run.step(3)]
+    assert len(set(losses)) == 3  # The parameters stand still: only the masks differ.
+    counts = {name: leaf for name, leaf in run.state().items() if name.endswith("count")}
+    drawn = [leaf for name, leaf in counts.items() if "dropout" in name]
+    assert drawn == [3 * options.get("num_microbatches", 1)]
+
+
+def frozen():
+    return optax.sgd(0.0)
+
+
+def test_what_modules_sow_does_not_become_state():
+    run = Run(Fit(sow=True), num_microbatches=2)
+    names = set(run.layout.names)
+    assert_same_training(run, Run(Fit()))
+    assert set(run.state()) == names
+
+
+def test_evaluation_sees_no_dropout_and_changes_nothing():
+    run, plain = Run(Fit(dropout=0.5), MeshSpec(data=4)), Run(Fit())
+    plain.leaves = plain_leaves_from(run, plain)
+    totals = [each.evaluate() for each in (run, run, plain)]
+    assert totals[0] == totals[1] == pytest.approx(totals[2], rel=1e-6)
+    assert totals[0][1] == batch_of()["weight"].sum()
+    assert not any(leaf.is_deleted() for leaf in run.leaves)
+
+
+def plain_leaves_from(run, plain):
+    state = run.layout.as_dict(run.leaves)
+    return [
+        jax.device_put(np.asarray(state[name]), sharding)
+        for name, sharding in zip(plain.layout.names, plain.layout.shardings, strict=True)
+    ]
