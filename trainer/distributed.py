@@ -137,6 +137,8 @@ def _join(member: contract.Membership, timeout_seconds: float, liveness: Mapping
         timeout_seconds=timeout_seconds,
         token=token,
     )
+    if member.process_id != 0:
+        rollcall.wait_for_service(member.coordinator_address)
     jax.distributed.initialize(
         coordinator_address=member.coordinator_address,
         num_processes=member.num_processes,

@@ -62,6 +62,22 @@ def call(
         _answer(address, hello, deadline, timeout_seconds)
 
 
+def wait_for_service(address: str, patience_seconds: float = 5.0) -> None:
+    """After the roll call, wait until process 0 listens again, now as JAX's service.
+
+    A client of JAX's that comes too early tries again only after a second.
+    """
+    host, _, port = address.rpartition(":")
+    limit = time.monotonic() + patience_seconds
+    while time.monotonic() < limit:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
+        except OSError:
+            time.sleep(0.005)
+        else:
+            return
+
+
 def _listen(
     address: str, hello: dict[str, object], deadline: float, timeout_seconds: float
 ) -> None:
@@ -121,7 +137,7 @@ def _answer(
             problem = str(error)
             said = None
         if said == _GO:
-            return _wait_for_service(host.strip("[]"), int(port))
+            return
         if said and "error" in said and "another gang" not in str(said["error"]):
             raise TimeoutError(str(said["error"]))
         problem = str(said["error"]) if said and "error" in said else problem
@@ -130,18 +146,6 @@ def _answer(
         f"process 0 of {hello['processes']} never came within {timeout_seconds:g} s: no roll call "
         f"at {address} ({problem}); see its log"
     )
-
-
-def _wait_for_service(host: str, port: int, patience_seconds: float = 5.0) -> None:
-    """Wait until something listens again: a client of JAX's that comes too early waits a second."""
-    limit = time.monotonic() + patience_seconds
-    while time.monotonic() < limit:
-        try:
-            socket.create_connection((host, port), timeout=1.0).close()
-        except OSError:
-            time.sleep(0.005)
-        else:
-            return
 
 
 def _server(address: str) -> socket.socket:
