@@ -15,8 +15,8 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.num_steps = 600
-    config.global_batch_size = 32  # sequences per update, over all processes
+    config.num_steps = 300
+    config.global_batch_size = 64  # sequences per update, over all processes
     config.num_microbatches = 1  # parts of a batch whose gradients are accumulated
     config.log_every_steps = 10
     config.task = "trainer.tasks.language_model:LanguageModel"
@@ -33,7 +33,8 @@ def get_config() -> ConfigDict:
     config.data.kind = "bytes"
     config.data.path = sysconfig.get_path("stdlib")  # a file or a directory
     config.data.pattern = "*.py"
-    config.data.seq_len = 256  # bytes predicted per sequence
+    config.data.exclude = ("site-packages",)  # directories to leave out
+    config.data.seq_len = 128  # bytes predicted per sequence
 
     # Optax's own names, applied in this order; each section holds the arguments of optax.NAME.
     config.optimizer = ConfigDict()
@@ -42,15 +43,15 @@ def get_config() -> ConfigDict:
     schedule = ConfigDict()
     schedule.init_value = 0.0
     schedule.peak_value = 3e-3
-    schedule.warmup_steps = 50
-    schedule.decay_steps = 600  # the whole schedule, warm-up included
+    schedule.warmup_steps = 30
+    schedule.decay_steps = 300  # the whole schedule, warm-up included
     schedule.end_value = 3e-4  # kept from then on: a run made longer trains on at this rate
     config.optimizer.adamw = ConfigDict({"b1": 0.9, "b2": 0.95, "weight_decay": 0.1})
     config.optimizer.adamw.learning_rate = ConfigDict({"warmup_cosine_decay_schedule": schedule})
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # what the other sizes leave of the devices
-    config.mesh.fsdp = 2
+    config.mesh.fsdp = 1
     config.mesh.tensor = 1
     config.mesh.dcn_data = 1  # slices
     config.mesh.dcn_fsdp = 1
@@ -66,6 +67,6 @@ def get_config() -> ConfigDict:
     config.checkpoint.keep_every_steps = 0  # 0: off
 
     config.eval = ConfigDict()
-    config.eval.every_steps = 200
+    config.eval.every_steps = 100
     config.eval.num_batches = 8
     return config
