@@ -1,0 +1,84 @@
+"""The built-in task: its data, its loss, and what the ledger says of its compiled step."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from launch.spec import ConfigError, MeshSpec, train_spec
+from tests.testing import tiny
+from trainer.data.feed import Feed
+from trainer.data.records import write_token_records
+from trainer.ledger import make_ledger
+from trainer.mesh import make_mesh
+from trainer.optimizer import make_optimizer
+from trainer.sharding import make_rules
+from trainer.state import make_layout
+from trainer.step import compile_train_step, make_train_step
+from trainer.task import load_task
+from trainer.tasks.language_model import LanguageModel, printable, token_loss
+
+MODEL = {"vocab_size": 256, "dim": 32, "num_layers": 1, "mlp_dim": 64}
+MODEL |= {"num_heads": 4, "num_kv_heads": 2}
+LICENSE = str(tiny.ROOT / "LICENSE")
+
+
+def test_bytes_are_split_into_training_rows_and_held_out_rows_that_do_not_overlap():
+    data = {"kind": "bytes", "path": LICENSE, "seq_len": 32, "eval_every": 5}
+    task = LanguageModel(MODEL, data)
+    text = Path(LICENSE).read_bytes()
+    held_out = task.eval_data()
+    assert held_out is not None
+    held = {bytes(held_out[i]["tokens"]) for i in range(len(held_out))}
+    train = task.train_data(0)
+    seen = {bytes(train[i]["tokens"]) for i in range(200)}
+    assert all(row in text for row in held | seen)
+    assert not held & seen
+    assert all(len(row) == 33 for row in held | seen)
+
+
+def test_array_records_of_tokens_are_trained_on_and_held_out(tmp_path):
+    rows = [np.arange(i, i + 9) for i in range(20)]
+    write_token_records(str(tmp_path / "train.array_record"), rows[:16])
+    write_token_records(str(tmp_path / "eval.array_record"), rows[16:])
+    data = {"kind": "array_record", "seq_len": 8, "path": str(tmp_path / "train.array_record")}
+    task = LanguageModel(MODEL, {**data, "eval_path": str(tmp_path / "eval.array_record")})
+    train, held_out = task.train_data(1), task.eval_data()
+    assert sorted(int(train[i]["tokens"][0]) for i in range(16)) == list(range(16))
+    assert held_out is not None
+    assert [int(held_out[i]["tokens"][0]) for i in range(4)] == [16, 17, 18, 19]
+    assert LanguageModel(MODEL, data).eval_data() is None
+    with pytest.raises(ConfigError, match="seq_len"):
+        LanguageModel(MODEL, {**data, "seq_len": 9}).train_data(1)[0]
+
+
+def test_the_loss_is_the_cross_entropy_and_z_loss_adds_to_it():
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 7))
+    targets = jnp.array([[0, 1, 2], [3, 4, 6]])
+    log_p = jax.nn.log_softmax(logits)
+    expected = -sum(float(log_p[b, i, targets[b, i]]) for b in range(2) for i in range(3))
+    total, weight = token_loss(logits, targets)
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+    assert float(weight) == 6
+    extra = 0.1 * float(jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2))
+    assert float(token_loss(logits, targets, 0.1).total) == pytest.approx(expected + extra)
+
+
+def test_the_ledger_and_the_batch_are_the_arguments_of_the_compiled_step():
+    spec = train_spec(tiny.get_config("lm"), num_devices=8)
+    task = load_task(spec.task, spec.model, spec.data)
+    mesh = make_mesh(MeshSpec(data=2, fsdp=2, tensor=2))
+    tx = make_optimizer(spec.optimizer).tx
+    layout = make_layout(task, tx, mesh, make_rules((), mesh), spec.seed)
+    feed = Feed(task.train_data(0), spec.global_batch_size, mesh, "data", num_prefetch=0)
+    batch = feed.abstract()
+    compiled = compile_train_step(make_train_step(task, layout), layout, batch)
+    batch_bytes = spec.global_batch_size // 4 * 33  # uint8, split over data and fsdp.
+    expected = make_ledger(layout).device_bytes + batch_bytes
+    assert compiled.memory_analysis().argument_size_in_bytes == expected
+
+
+def test_a_sample_is_safe_to_print():
+    assert printable(np.array([72, 105, 10, 27, 200])) == "Hi\n·\ufffd"
