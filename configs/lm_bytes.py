@@ -15,7 +15,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.num_steps = 300
+    config.num_steps = 200
     config.global_batch_size = 64  # sequences per update, over all processes
     config.num_microbatches = 1  # parts of a batch whose gradients are accumulated
     config.log_every_steps = 10
@@ -43,8 +43,8 @@ def get_config() -> ConfigDict:
     schedule = ConfigDict()
     schedule.init_value = 0.0
     schedule.peak_value = 3e-3
-    schedule.warmup_steps = 30
-    schedule.decay_steps = 300  # the whole schedule, warm-up included
+    schedule.warmup_steps = 20
+    schedule.decay_steps = 200  # the whole schedule, warm-up included
     schedule.end_value = 3e-4  # kept from then on: a run made longer trains on at this rate
     config.optimizer.adamw = ConfigDict({"b1": 0.9, "b2": 0.95, "weight_decay": 0.1})
     config.optimizer.adamw.learning_rate = ConfigDict({"warmup_cosine_decay_schedule": schedule})
