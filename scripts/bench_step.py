@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -239,6 +240,8 @@ def bench_host(rounds: int) -> None:
 
 def bench_scaling(rounds: int) -> None:
     """Start two members, each pinned to a core of its own, and show what the first prints."""
+    # So that the members are ended too; by itself Python would be gone at once.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         print("scaling: not run, it needs two cores")
@@ -281,14 +284,13 @@ def scaling_member(member: str, rounds: int) -> None:
         multihost_utils.sync_global_devices("alone")
         return seconds
 
-    times = in_turns([only_first, flat.run, tuple_.run], rounds, steps=2)
+    times = in_turns([only_first, alone.run, flat.run, tuple_.run], rounds, steps=2)
     if place == 0:
-        for loop_, column in zip((alone, flat, tuple_), times, strict=True):
-            tokens = BATCH * LENGTH * (1 if loop_ is alone else 2)
-            print(f"scaling: {loop_.name:24} {tokens / statistics.median(column):7.0f} tokens/s")
-        single = [2 * seconds for seconds in times[0]]
-        report("scaling", "tokens/s, one all-reduce / 1 x 1", single, times[1], "at least 1.86")
-        report("scaling", "tokens/s, XLA's all-reduces / 1 x 1", single, times[2], "-")
+        single = [2 * seconds for seconds in times[0]]  # As if it did the work of both.
+        print(f"scaling: 1 x 1: {2 * BATCH * LENGTH / statistics.median(single):.0f} tokens/s")
+        report("scaling", "2 x 1 that do not talk (the machine's limit)", single, times[1], "-")
+        report("scaling", "2 x 1, one all-reduce", single, times[2], "at least 1.86")
+        report("scaling", "2 x 1, XLA's all-reduces", single, times[3], "-")
 
 
 # -------------------------------------------------------------------------------- shared

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from launch.spec import ConfigError, MeshSpec, train_spec
 from tests.testing import tiny
@@ -18,10 +19,11 @@ from trainer.sharding import make_rules
 from trainer.state import make_layout
 from trainer.step import compile_train_step, make_train_step
 from trainer.task import load_task
-from trainer.tasks.language_model import LanguageModel, printable, token_loss
+from trainer.tasks.language_model import LanguageModel, printable, sample, token_loss
 
 MODEL = {"vocab_size": 256, "dim": 32, "num_layers": 1, "mlp_dim": 64}
 MODEL |= {"num_heads": 4, "num_kv_heads": 2}
+DATA = {"kind": "bytes", "path": "-", "seq_len": 32}
 LICENSE = str(tiny.ROOT / "LICENSE")
 
 
@@ -82,3 +84,61 @@ def test_the_ledger_and_the_batch_are_the_arguments_of_the_compiled_step():
 
 def test_a_sample_is_safe_to_print():
     assert printable(np.array([72, 105, 10, 27, 200])) == "Hi\n·\ufffd"
+
+
+def test_targets_are_the_inputs_moved_by_one():
+    class Echo:
+        """Is sure that each token's successor is the token plus one."""
+
+        def __call__(self, tokens):
+            return 50.0 * jax.nn.one_hot(tokens + 1, 256)
+
+    rising = jnp.arange(24, dtype=jnp.uint8).reshape(2, 12)
+    loss = LanguageModel(MODEL, DATA).loss(Echo(), {"tokens": rising})
+    assert float(loss.total) == pytest.approx(0, abs=1e-3)
+    assert float(loss.weight) == 2 * 11
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_are_palms_six_n_and_attention_per_token(tied):
+    it = LanguageModel({**MODEL, "tied_head": tied}, DATA)
+    with nnx.use_eager_sharding(False):
+        model = nnx.eval_shape(lambda: it.make_model(nnx.Rngs(0)))
+    layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64 + 2 * 32
+    multiplied = 256 * 32 + layer + 32  # The head, tied or not; a lookup multiplies nothing.
+    assert it.flops_per_example(model) == 32 * (6 * multiplied + 12 * 1 * 32 * 32)
+    assert it.tokens_per_example() == 32
+
+
+@pytest.mark.parametrize("window", [3, 20])
+def test_a_sample_is_drawn_token_by_token_from_what_came_before(window):
+    class Counter:
+        """Is sure of the token plus one, after tokens that rise by one; else of token 0."""
+
+        def __call__(self, tokens):
+            rises = jnp.pad(jnp.diff(tokens) == 1, ((0, 0), (1, 0)), constant_values=True)
+            rose = jnp.cumprod(rises, axis=-1)
+            return 1e4 * jax.nn.one_hot(rose * (tokens + 1), 256)
+
+    def draw(key):
+        return sample(Counter(), key, start=10, length=6, window=window)
+
+    assert jax.jit(draw)(jax.random.key(0)).tolist() == [11, 12, 13, 14, 15, 16]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ({"vocab_size": 100}, {}, "config.model.vocab_size=100: bytes need 256 token ids"),
+        ({}, {"kind": "byte"}, "config.data.kind='byte': did you mean 'bytes'?"),
+        ({}, {"path": ""}, "config.data.path='': empty"),
+        ({}, {"path": 3}, "config.data.path=3: must be a path or a tuple of paths"),
+        ({}, {"seq_len": 0}, "config.data.seq_len=0: must be at least 1"),
+        ({}, {"seqlen": 8}, "config.data.seqlen: no such field; did you mean 'seq_len'?"),
+        ({"num_kv_heads": 3}, {}, "config.model.num_kv_heads=3: must divide num_heads=4"),
+    ],
+)
+def test_a_section_that_cannot_be_is_refused_by_name(model, data, message):
+    with pytest.raises(ConfigError) as caught:
+        LanguageModel({**MODEL, **model}, {**DATA, **data})
+    assert str(caught.value).startswith(message)
