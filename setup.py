@@ -30,7 +30,13 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "test": ["pytest>=8.4", "pytest-timeout>=2.4", "hypothesis>=6.130", "ruff", "mypy"],
+        "test": [
+            "pytest>=8.4",
+            "pytest-timeout>=2.4",
+            "pytest-xdist>=3.6",
+            "ruff",
+            "mypy",
+        ],
     },
     entry_points={"console_scripts": ["muster=launch.main:console"]},
     classifiers=[

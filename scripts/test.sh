@@ -9,4 +9,7 @@ scripts/setup_env.sh .venv test
 .venv/bin/ruff format --check --quiet . || { echo "run: .venv/bin/ruff format ." >&2; exit 1; }
 .venv/bin/ruff check --quiet .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest "$@"
+if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
+# The unit tests run on two cores at once; those that start gangs need both cores for each.
+.venv/bin/python -m pytest -q -n 2 tests/unit
+.venv/bin/python -m pytest --durations=15 --ignore=tests/unit
