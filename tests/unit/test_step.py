@@ -197,11 +197,18 @@ def test_a_loss_that_is_no_scalar_is_refused_by_the_tasks_name():
         Run(PerExample())
 
 
-def test_one_all_reduce_is_one_and_leaves_nothing_else_to_reduce():
-    once = Run(Fit(), MeshSpec(data=8), one_all_reduce=True).compiled.as_text()
-    lines = [line for line in once.splitlines() if " all-reduce(" in line]
-    assert len(lines) == 1
-    assert " = (" not in lines[0]  # Not a tuple, whose parts go over the wire one by one.
+def test_all_gradients_are_reduced_in_one_vector_and_only_the_weight_beside_it():
+    program = Run(Fit(), MeshSpec(data=8), one_all_reduce=True).compiled.as_text()
+    lines = [line for line in program.splitlines() if " all-reduce(" in line]
+    shapes = sorted(line.split(" = ")[1].split("{")[0].split(" ")[0] for line in lines)
+    num_params = WIDTH * 16 + 16 + 16 + 1
+    # No tuple among them, whose parts would go over the wire one by one.
+    assert shapes == [f"f32[{num_params + 1}]", "f32[]"]
+
+
+def test_a_model_with_state_of_its_own_is_not_reduced_at_once():
+    with pytest.raises(ValueError, match="besides its parameters"):
+        Run(Fit(dropout=0.5), MeshSpec(data=8), one_all_reduce=True)
 
 
 def test_nothing_is_compiled_again_and_no_sharding_drifts_in_three_steps():
