@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Mapping
 
 import jax
@@ -201,6 +202,8 @@ def _check_devices(promised: int) -> None:
     found = gather("distributed/devices", jax.local_device_count())
     wrong = {process: number for process, number in enumerate(found) if number != promised}
     if wrong:
+        if is_lead():
+            time.sleep(1.0)  # With the lead goes its service, which aborts whoever still speaks.
         listed = ", ".join(f"process {process} has {number}" for process, number in wrong.items())
         raise ConfigError(
             "cluster.devices_per_process",

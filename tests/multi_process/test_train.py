@@ -54,8 +54,8 @@ def train_in(tmp_path: Path) -> Iterator[Callable[..., Training]]:
     """Makes a Training in this test's own directory; nothing of it outlives the test."""
     made: list[Training] = []
 
-    def make(*args: Any) -> Training:
-        made.append(Training(tmp_path, *args))
+    def make(*args: Any, **kwargs: Any) -> Training:
+        made.append(Training(tmp_path, *args, **kwargs))
         return made[-1]
 
     yield make
