@@ -65,7 +65,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
 
     # ------------------------------------------------------------------ data
     feed = Feed(task.train_data(spec.seed), spec.global_batch_size, mesh, "training data")
-    if text := task.describe():
+    if distributed.is_lead() and (text := task.describe()):
         say(text)
 
     # ------------------------------------------------------------------ records
