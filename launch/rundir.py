@@ -13,7 +13,7 @@ from typing import Any
 
 from launch import contract
 from launch.agent import utc
-from launch.spec import ConfigError, compare_configs
+from launch.spec import ConfigError, check_same_run
 
 LOCK_FILE = "lock"
 ATTEMPT_RECORD = "attempt.json"
@@ -132,15 +132,7 @@ def check_config(run: Path, config: Any) -> None:
     Raises:
       ConfigError: lists the fields that differ.
     """
-    before = read_record(run / contract.CONFIG_RECORD)
-    if before is None:
-        return
-    refused = [found for found in compare_configs(before, config) if not found.allowed]
-    if refused:
-        shown = "; ".join(str(found) for found in refused[:8])
-        more = f"; and {len(refused) - 8} more" if len(refused) > 8 else ""
-        rule = f"holds a run with another config ({shown}{more}); choose another --workdir"
-        raise ConfigError("workdir", rule, str(run))
+    check_same_run(str(run), read_record(run / contract.CONFIG_RECORD), config)
 
 
 def attempt_path(run: Path, number: int) -> Path:

@@ -19,8 +19,8 @@ from absl import app, flags, logging
 from launch import contract
 from launch.spec import (
     ConfigError,
+    check_same_run,
     closest,
-    compare_configs,
     load_config,
     plain,
     train_spec,
@@ -52,7 +52,7 @@ def run(config: Any) -> int:
         raise ConfigError("", "--workdir is missing; give --workdir=DIR")
     workdir = os.path.abspath(os.path.expanduser(FLAGS.workdir))
     spec = train_spec(config)
-    check_same_run(workdir, config)
+    check_same_run(workdir, config_record(workdir), config)
 
     import jax
 
@@ -83,25 +83,13 @@ def run(config: Any) -> int:
     return train(spec, task, workdir, json.loads(json.dumps(plain(config))))
 
 
-def check_same_run(workdir: str, config: Any) -> None:
-    """Refuse to go on with another config's run.
-
-    Raises:
-      ConfigError: lists the differences that matter.
-    """
-    path = os.path.join(workdir, contract.CONFIG_RECORD)
-    if not os.path.exists(path):
-        return
-    with open(path, encoding="utf-8") as file:
-        differences = compare_configs(json.load(file), config)
-    refused = [str(difference) for difference in differences if not difference.allowed]
-    if refused:
-        raise ConfigError(
-            "workdir",
-            f"holds another config's run: {'; '.join(refused)}; take that config, or another "
-            "--workdir",
-            workdir,
-        )
+def config_record(workdir: str) -> Any:
+    """The config that a run directory was made with; None for a new one."""
+    try:
+        with open(os.path.join(workdir, contract.CONFIG_RECORD), encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     # ------------------------------------------------------------------ records
     if distributed.is_lead():
         os.makedirs(workdir, exist_ok=True)
-        _write_json(workdir, contract.CONFIG_RECORD, config)
+        _write_json(workdir, contract.CONFIG_RECORD, {"schema": contract.SCHEMA, **config})
         _write_json(workdir, contract.LEDGER_RECORD, ledger.as_record())
 
     # ------------------------------------------------------------------ restore, or a fresh state
@@ -194,8 +194,12 @@ def finish(task: Task, layout: StateLayout, ended: Ended, reporter: Reporter, se
     else:
         say(f"done at step {ended.step}")
 
+    if type(task).finish is Task.finish:
+        return
     model_bytes, _ = make_ledger(layout).group_bytes()["params"]
-    if model_bytes <= FINISH_BYTES:
+    if model_bytes > FINISH_BYTES:
+        say(f"no sample: the model has {model_bytes} bytes, more than {FINISH_BYTES} on one device")
+    else:
         model = gather_model(layout, ended.leaves)
         if distributed.is_lead():
             show_results(task, layout, model, seed)

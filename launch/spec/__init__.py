@@ -1,7 +1,7 @@
 """Frozen, validated specifications, made from ConfigDicts at one boundary."""
 
 from launch.spec.cluster import Cluster, RestartPolicy, cluster_spec
-from launch.spec.compare import Difference, compare_configs
+from launch.spec.compare import Difference, check_same_run, compare_configs
 from launch.spec.errors import ConfigError, closest
 from launch.spec.fields import build, plain, require
 from launch.spec.files import LoadedConfig, load_config
@@ -30,6 +30,7 @@ __all__ = [
     "ShardingSpec",
     "TrainSpec",
     "build",
+    "check_same_run",
     "closest",
     "cluster_spec",
     "compare_configs",

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from launch.spec.errors import ConfigError
 from launch.spec.fields import plain
 
 # Fields that change how long or how fast a run goes, not which run it is.
@@ -49,6 +50,27 @@ def compare_configs(old: Any, new: Any) -> list[Difference]:
             allowed = SPEED_OR_LENGTH.fullmatch(name) is not None
             differences.append(Difference(f"config.{name}", before, after, allowed))
     return differences
+
+
+def check_same_run(workdir: str, before: Any, config: Any) -> None:
+    """Refuse a config that would make another run of what a run directory holds.
+
+    Args:
+      workdir: the run directory, for the message.
+      before: its config record; None where it has none.
+      config: today's.
+
+    Raises:
+      ConfigError: lists the fields that differ.
+    """
+    if before is None:
+        return
+    refused = [found for found in compare_configs(before, config) if not found.allowed]
+    if refused:
+        shown = "; ".join(str(found) for found in refused[:8])
+        more = f"; and {len(refused) - 8} more" if len(refused) > 8 else ""
+        rule = f"holds a run with another config ({shown}{more}); choose another --workdir"
+        raise ConfigError("workdir", rule, workdir)
 
 
 def _as_json(config: Any) -> Any:

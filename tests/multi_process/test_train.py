@@ -218,3 +218,5 @@ def test_a_longer_num_steps_trains_on_and_another_model_is_refused(train_in):
     assert list(training.metrics()) == [1, 2, 3, 4]
     text = training.train("--config.num_steps=4", "--config.model.dim=64", expect=2)
     assert "config.model.dim: 32 there, 64 now" in text
+    record = json.loads((training.workdir / contract.CONFIG_RECORD).read_text())
+    assert record["schema"] == contract.SCHEMA

@@ -15,7 +15,6 @@ from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
-import xxhash
 
 from launch.spec import ConfigError, require
 
@@ -98,11 +97,6 @@ class Corpus:
             counts += np.bincount(self.data[start : start + (1 << 22)], minlength=256)
         shares = counts[counts > 0] / len(self.data)
         return float(-(shares * np.log(shares)).sum())
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A hash of the bytes: the same on every host that reads the same corpus."""
-        return xxhash.xxh3_64_hexdigest(self.data.data)
 
 
 def read_corpus(
