@@ -28,6 +28,12 @@ def is_lead() -> bool:
     return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+    """Print on the lead process only."""
+    if is_lead():
+        print(text, flush=True)
+
+
 def _client() -> Any:
     # JAX has no public door to its key-value store (seen in jax 0.10.2); drop this when it has.
     from jax._src import distributed

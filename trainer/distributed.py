@@ -12,9 +12,9 @@ import jax
 from launch import contract
 from launch.spec import ConfigError
 from trainer import rollcall
-from trainer.agreement import barrier, broadcast, gather, is_lead
+from trainer.agreement import barrier, broadcast, gather, is_lead, say
 
-__all__ = ["Place", "barrier", "broadcast", "gather", "initialize", "is_lead"]
+__all__ = ["Place", "barrier", "broadcast", "gather", "initialize", "is_lead", "say"]
 
 # A dead host is noticed this late by its peers; the launcher usually sees the process end first.
 HEARTBEAT_TIMEOUT_SECONDS = 60

@@ -25,7 +25,8 @@ class LedgerEntry:
       group: `params`, `optimizer` or `rest`.
       total_bytes: of the whole array, counted once.
       device_bytes: on each device.
-      missing_axes: axes of STATE_AXES with more than one device that do not split the leaf.
+      missing_axes: axes with more than one device that should split the leaf and do not: those of
+        STATE_AXES, for the optimizer's state also those of `optimizer_axes`.
       excess_bytes: of `device_bytes`, how much splitting over `missing_axes` would save.
     """
 
@@ -45,12 +46,15 @@ class Ledger:
     """All leaves of a train state on one mesh.
 
     Attributes:
-      copies: how many times the whole state exists because of the `data` axis.
+      copies: how many times the whole state exists because of the `data` axis; of the optimizer's
+        state there is one where `optimizer_axes` has `data`.
+      optimizer_axes: axes that split the optimizer's state besides those of its params.
     """
 
     entries: tuple[LedgerEntry, ...]
     mesh_shape: dict[str, int]
     copies: int
+    optimizer_axes: tuple[str, ...] = ()
 
     @property
     def device_bytes(self) -> int:
@@ -81,6 +85,7 @@ class Ledger:
             "schema": SCHEMA,
             "mesh": self.mesh_shape,
             "copies": self.copies,
+            "optimizer_axes": self.optimizer_axes,
             "device_bytes": self.device_bytes,
             "excess_bytes": self.excess_bytes,
             "groups": {
@@ -99,7 +104,9 @@ class Ledger:
                 f"  {name:<10}{human_bytes(total):>11} in all{human_bytes(device):>11} each"
             )
         if self.copies > 1:
-            lines.append(f"  data={self.copies} keeps {self.copies} copies of it, by definition")
+            what = "the params, and splits the optimizer's state"
+            what = what if "data" in self.optimizer_axes else "it, by definition"
+            lines.append(f"  data={self.copies} keeps {self.copies} copies of {what}")
         wasteful = self.under_sharded()
         if wasteful:
             lines.append(
@@ -120,9 +127,12 @@ def make_ledger(layout: StateLayout) -> Ledger:
     entries = []
     for name, leaf in zip(layout.names, layout.abstract, strict=True):
         total, device = array_bytes(leaf)
+        axes: tuple[str, ...] = STATE_AXES
+        if _group(name) == "optimizer":
+            axes = tuple(dict.fromkeys((*STATE_AXES, *layout.optimizer_axes)))
         missing = tuple(
             axis
-            for axis in STATE_AXES
+            for axis in axes
             if leaf.size > 1  # A scalar has nothing to split.
             and mesh_shape[axis] > 1
             and axis not in mesh_axes_of(leaf.sharding.spec)
@@ -141,7 +151,7 @@ def make_ledger(layout: StateLayout) -> Ledger:
                 excess_bytes=device - device // split,
             )
         )
-    return Ledger(tuple(entries), mesh_shape, copies=mesh_shape["data"])
+    return Ledger(tuple(entries), mesh_shape, mesh_shape["data"], layout.optimizer_axes)
 
 
 def check_replication(ledger: Ledger, max_replicated_bytes: int | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -103,14 +103,3 @@ class Ended:
     leaves: Leaves
     step: int
     stopped: bool
-
-
-def mean_loss(
-    eval_step: Callable[[Leaves, Any], tuple[jax.Array, jax.Array]],
-    leaves: Leaves,
-    batches: Iterator[Any],
-) -> float:
-    """Mean loss over some batches: sum of totals over sum of weights, read once at the end."""
-    sums = [eval_step(leaves, batch) for batch in batches]
-    totals, weights = zip(*jax.device_get(sums), strict=True)
-    return float(sum(totals) / sum(weights))

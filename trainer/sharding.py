@@ -53,11 +53,13 @@ def make_rules(overrides: Sequence[Any], mesh: Mesh) -> dict[str, MeshAxes]:
         if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
             raise ConfigError(field, "must be a pair (logical axis, mesh axis or None)", rule)
         name, axes = rule
-        for axis in _as_tuple(axes):
+        for axis in as_tuple(axes):
             if axis not in mesh.shape:
                 raise ConfigError(
                     field, f"no mesh axis {axis!r}; {closest(axis, mesh.shape)}", rule
                 )
+        if name in mesh.shape:
+            raise ConfigError(field, "a mesh axis cannot be a logical axis's name", rule)
         rules[name] = axes
     return rules
 
@@ -113,7 +115,7 @@ def _check_layout(
                 f"no rule for logical axis {name!r} of parameter {path}; {closest(name, rules)} "
                 f"Otherwise add ({name!r}, mesh axis or None)",
             )
-        axes = _as_tuple(rules[name])
+        axes = as_tuple(rules[name])
         size = math.prod(mesh.shape[axis] for axis in axes)
         if shape[dim] % size:
             raise ConfigError(
@@ -139,6 +141,11 @@ def partition_specs(state: Any, rules: Mapping[str, MeshAxes]) -> list[Partition
     return jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
+def spec_of_names(names: Sequence[str | None], rules: Mapping[str, MeshAxes]) -> PartitionSpec:
+    """The PartitionSpec of an array whose dims have these logical names."""
+    return PartitionSpec(*[rules.get(name, name) if name else None for name in names])
+
+
 def named_shardings(state: Any, mesh: Mesh, rules: Mapping[str, MeshAxes]) -> list[NamedSharding]:
     """One NamedSharding per array of an nnx.State, in the order of `jax.tree.leaves`."""
     return [NamedSharding(mesh, spec) for spec in partition_specs(state, rules)]
@@ -146,7 +153,7 @@ def named_shardings(state: Any, mesh: Mesh, rules: Mapping[str, MeshAxes]) -> li
 
 def mesh_axes_of(spec: PartitionSpec) -> set[str]:
     """The mesh axes that a PartitionSpec splits over."""
-    return {axis for entry in spec for axis in _as_tuple(entry)}
+    return {axis for entry in spec for axis in as_tuple(entry)}
 
 
 def dotted(path: Sequence[Any]) -> str:
@@ -156,7 +163,8 @@ def dotted(path: Sequence[Any]) -> str:
     )
 
 
-def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    """One entry of a PartitionSpec as a tuple of mesh axes."""
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else tuple(axes)

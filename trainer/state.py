@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from trainer import compile_cache, sharding
+from trainer.opt_state import ShardedOptimizer, StateRules, param_layouts
 from trainer.task import Task
 
 Leaves = list[jax.Array]
@@ -31,6 +32,9 @@ class StateLayout:
       treedef: of the nnx.State that belongs to it.
       names: dotted paths, `model.layers.0.mlp.kernel`, `optimizer.opt_state.1.0.mu...`.
       abstract: ShapeDtypeStructs with their shardings.
+      gradients: the shardings that gradients are reduced to, one per trained leaf of the model:
+        those of optimizer state of their shape.
+      optimizer_axes: mesh axes that split the optimizer's state besides those of its params.
       create: makes (model, optimizer) anew; only to be traced.
     """
 
@@ -39,6 +43,8 @@ class StateLayout:
     treedef: Any
     names: list[str]
     abstract: list[jax.ShapeDtypeStruct]
+    gradients: list[NamedSharding]
+    optimizer_axes: tuple[str, ...]
     create: Callable[[], tuple[nnx.Module, nnx.Optimizer]]
 
     @property
@@ -70,24 +76,36 @@ def make_layout(
     mesh: Mesh,
     rules: Mapping[str, sharding.MeshAxes],
     seed: int,
+    *,
+    optimizer_axes: tuple[str, ...] = (),
 ) -> StateLayout:
     """Find shapes, dtypes and shardings of the train state without making any array.
 
+    Args:
+      task: makes the model.
+      tx: the optimizer.
+      mesh: only its shape is used.
+      rules: logical axis -> mesh axis.
+      seed: of the model's initial numbers.
+      optimizer_axes: mesh axes that split the optimizer's state besides those of its params.
+
     Raises:
-      ConfigError: a parameter cannot be laid out on this mesh.
+      ConfigError: a parameter cannot be laid out on this mesh, or has no group in the optimizer.
     """
+    how = StateRules(mesh, rules, optimizer_axes)
 
     def create() -> tuple[nnx.Module, nnx.Optimizer]:
         # Eager sharding would want a mesh context at every Param; the layout is ours to apply.
         with nnx.use_eager_sharding(False):
             model = task.make_model(nnx.Rngs(seed))
             sharding.annotate(model, mesh, rules)
-            return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+            return model, ShardedOptimizer(model, tx, nnx.Param, how)
 
     model, optimizer = nnx.eval_shape(create)
     graphdef, state = nnx.split((model, optimizer))
     paths, treedef = jax.tree_util.tree_flatten_with_path(state)
     shardings = sharding.named_shardings(state, mesh, rules)
+    of_params = param_layouts(nnx.state(model, nnx.Param), how)
     if len(shardings) != len(paths):
         raise AssertionError(f"{len(shardings)} specs for {len(paths)} leaves of the train state")
     return StateLayout(
@@ -99,6 +117,8 @@ def make_layout(
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
             for (_, leaf), where in zip(paths, shardings, strict=True)
         ],
+        gradients=[NamedSharding(mesh, layout.spec) for layout in of_params.values()],
+        optimizer_axes=optimizer_axes,
         create=create,
     )
 

@@ -21,13 +21,13 @@ from jax.sharding import PartitionSpec as P
 from launch.spec import BATCH_AXES
 from trainer import compile_cache
 from trainer.task import Batch, Loss, Task
+from trainer.transforms import SkipState, find_state
 
 if TYPE_CHECKING:
     from trainer.state import StateLayout
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[Sequence[jax.Array], Batch], tuple[list[jax.Array], Metrics]]
-EvalStep = Callable[[Sequence[jax.Array], Batch], Loss]
 PureLoss = Callable[[Any, Any, Batch], tuple[jax.Array, tuple[jax.Array, Any]]]
 
 _BATCHES = P(None, BATCH_AXES)  # Of arrays [M, B / M, ...]: each microbatch is split as the batch.
@@ -53,8 +53,9 @@ def make_train_step(
         where it is possible and was measured to be quicker.
 
     Returns:
-      The step. Its metrics are float32 scalars: `loss`, the mean before the update, and
-      `grad_norm`, the global norm before clipping.
+      The step. Its metrics are scalars: `loss`, the mean before the update, and `grad_norm`, the
+      global norm before clipping, float32; where the optimizer skips bad steps also the int32
+      counters `skipped_nonfinite`, `skipped_spikes` and `skipped_in_a_row`.
     """
 
     def step(leaves: Sequence[jax.Array], batch: Batch) -> tuple[list[jax.Array], Metrics]:
@@ -70,28 +71,32 @@ def make_train_step(
         batches = _microbatches(batch, num_microbatches)
         batches = jax.lax.with_sharding_constraint(batches, NamedSharding(layout.mesh, _BATCHES))
         if at_once:
-            mean = _mean_reduced_at_once(loss, params, rest, batches, layout.mesh)
+            mean, new_rest = _mean_reduced_at_once(loss, params, rest, batches, layout.mesh), rest
         else:
-            shardings = nnx.state(layout.merge(layout.shardings)[0], optimizer.wrt)
-            mean, rest = _mean(loss, params, rest, batches, shardings=shardings)
-        nnx.update(model, rest)
-        optimizer.update(model, mean.grads)
+            shardings = jax.tree.unflatten(jax.tree.structure(params), layout.gradients)
+            mean, new_rest = _mean(loss, params, rest, batches, shardings=shardings)
         metrics = {
             "loss": mean.loss,
             "grad_norm": optax.tree.norm(mean.grads).astype(jnp.float32),
         }
+
+        def loss_of(params: Any) -> jax.Array:
+            return _mean_loss(loss, params, rest, batches)
+
+        # What some transformations want besides the gradients; it costs the others nothing.
+        optimizer.update(
+            model, mean.grads, value=mean.loss, grad=mean.grads, value_fn=loss_of, obj_fn=loss_of
+        )
+        skipping = find_state(nnx.as_pure(optimizer.opt_state), SkipState)
+        if skipping is not None:
+            new_rest = _unless(skipping.in_a_row > 0, rest, new_rest)
+            metrics |= {
+                "skipped_nonfinite": skipping.nonfinite,
+                "skipped_spikes": skipping.spikes,
+                "skipped_in_a_row": skipping.in_a_row,
+            }
+        nnx.update(model, new_rest)
         return layout.leaves_of(model, optimizer), metrics
-
-    return step
-
-
-def make_eval_step(task: Task, layout: StateLayout) -> EvalStep:
-    """Make the function (leaves, batch) -> Loss of the model in evaluation mode; not compiled."""
-
-    def step(leaves: Sequence[jax.Array], batch: Batch) -> Loss:
-        model, _ = layout.merge(leaves)
-        model.eval()
-        return _as_loss(task, task.loss(model, batch), batch)
 
     return step
 
@@ -110,19 +115,13 @@ def compile_train_step(
       batch: abstract arrays with their shardings, `P(BATCH_AXES)` on the first dim.
     """
     out_shardings = (list(layout.shardings), NamedSharding(layout.mesh, P()))
-    return _compile(step, layout, batch, out_shardings, donate_argnums=0)
+    return compile_step(step, layout, batch, out_shardings, donate_argnums=0)
 
 
-def compile_eval_step(
-    step: EvalStep, layout: StateLayout, batch: Mapping[str, jax.ShapeDtypeStruct]
-) -> jax.stages.Compiled:
-    """Compile an evaluation step for one shape of batch. It leaves its leaves alone."""
-    return _compile(step, layout, batch, NamedSharding(layout.mesh, P()))
-
-
-def _compile(
+def compile_step(
     step: Callable, layout: StateLayout, batch: Any, out_shardings: Any, **jit_options: Any
 ) -> jax.stages.Compiled:
+    """Compile a function (leaves, batch) -> anything, ahead of time, on the layout's mesh."""
     jitted = jax.jit(step, out_shardings=out_shardings, **jit_options)
     # The mesh in context is for models that pin their activations. It must not make NNX shard
     # variables on its own account while modules are put together.
@@ -155,7 +154,7 @@ def _pure_loss(task: Task, model: Any, wrt: Any) -> PureLoss:
     def loss(params: Any, rest: Any, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         # Variables of this trace's own: others may not be written to here (Dropout's RNG count).
         model = nnx.merge(graphdef, params, rest, copy=True)
-        total, weight = _as_loss(task, task.loss(model, batch), batch)
+        total, weight = as_loss(task, task.loss(model, batch), batch)
         nnx.pop(model, nnx.Intermediate)  # What modules have sown is not part of the state.
         _, _, rest = nnx.split(model, wrt, ...)
         return total, (weight, rest)
@@ -163,7 +162,7 @@ def _pure_loss(task: Task, model: Any, wrt: Any) -> PureLoss:
     return loss
 
 
-def _as_loss(task: Task, value: Loss | jax.Array, batch: Batch) -> Loss:
+def as_loss(task: Task, value: Loss | jax.Array, batch: Batch) -> Loss:
     """What a task's loss returned as a float32 Loss; a scalar is the mean over B examples."""
     if not isinstance(value, Loss):
         if jnp.shape(value) != ():
@@ -238,6 +237,31 @@ def _mean(
     weight = over_mesh(weight)
     grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, params)
     return _Mean(grads, total / weight), rest
+
+
+def _mean_loss(loss: PureLoss, params: Any, rest: Any, batches: Batch) -> jax.Array:
+    """The mean loss over all microbatches with other params, scalar float32."""
+
+    def add(carry: tuple[jax.Array, ...], batch: Batch) -> tuple[tuple[jax.Array, ...], None]:
+        total, (weight, _) = loss(params, rest, batch)
+        return (carry[0] + total, carry[1] + weight), None
+
+    zero = jnp.zeros((), jnp.float32)
+    (total, weight), _ = jax.lax.scan(add, (zero, zero), batches)
+    return total / weight
+
+
+def _unless(skipped: jax.Array, old: Any, new: Any) -> Any:
+    """The model's other state after a step: what a skipped one wrote could hold a NaN.
+
+    Counters and streams of random numbers move on all the same.
+    """
+
+    def choose(old: jax.Array, new: jax.Array) -> jax.Array:
+        floats = jnp.issubdtype(new.dtype, jnp.inexact)
+        return jnp.where(skipped, old, new) if floats else new
+
+    return jax.tree.map(choose, old, new)
 
 
 def _one_all_reduce_pays(layout: StateLayout) -> bool:

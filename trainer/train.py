@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
+from flax import nnx
 
 from launch import contract
 from launch.spec import TrainSpec
@@ -18,25 +16,22 @@ from launch.topology import peak_flops
 from trainer import distributed
 from trainer.checkpoint import Checkpointer
 from trainer.data.feed import Feed
+from trainer.distributed import say
+from trainer.evaluate import make_evaluate, model_for_eval
+from trainer.finish import finish
 from trainer.ledger import check_replication, make_ledger
-from trainer.loop import Ended, Loop, mean_loss
-from trainer.mesh import make_mesh, replicated
+from trainer.loop import Loop
+from trainer.mesh import make_mesh
 from trainer.metrics import Throughput
-from trainer.optimizer import Optimizer, make_optimizer
+from trainer.optimizer import Optimizer, check_update, make_optimizer
+from trainer.param_paths import param_path
 from trainer.preemption import StopSignal
 from trainer.report import Output, Reporter
+from trainer.schedules import remarks
 from trainer.sharding import make_rules
 from trainer.state import Leaves, StateLayout, init_state, make_layout
-from trainer.step import (
-    compile_eval_step,
-    compile_train_step,
-    make_eval_step,
-    make_train_step,
-)
+from trainer.step import compile_train_step, make_train_step
 from trainer.task import Task
-
-# A larger model is not gathered onto one device for `Task.finish`.
-FINISH_BYTES = 1 << 30
 
 
 def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> int:
@@ -58,10 +53,15 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     mesh = make_mesh(spec.mesh)
     rules = make_rules(spec.sharding.rules, mesh)
     optimizer = make_optimizer(spec.optimizer)
-    layout = make_layout(task, optimizer.tx, mesh, rules, spec.seed)
+    layout = make_layout(
+        task, optimizer.tx, mesh, rules, spec.seed, optimizer_axes=spec.sharding.optimizer_axes
+    )
+    check_optimizer(spec, optimizer, layout)
     ledger = make_ledger(layout)
     check_replication(ledger, spec.sharding.max_replicated_bytes)
     say(ledger.as_text())
+    for line in remarks(optimizer.schedules, spec.num_steps):
+        say(line)
 
     # ------------------------------------------------------------------ data
     feed = Feed(task.train_data(spec.seed), spec.global_batch_size, mesh, "training data")
@@ -116,12 +116,32 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     if ended.stopped:
         say(f"told to stop: step {ended.step} is saved, the same command resumes from it")
     else:
-        finish(task, layout, ended, reporter, spec.seed)
+        loss = reporter.last_eval_loss
+        say(f"done at step {ended.step}" + (f": {task.verdict(loss)}" if loss is not None else ""))
+        finish(task, layout, ended.leaves, spec.eval.params, spec.seed)
     say(f"checkpoints: {saver.directory}")
     say(f"metrics and TensorBoard events: {workdir}")
     saver.close()
     feed.close()
     return contract.EXIT_RESUMABLE if ended.stopped else contract.EXIT_DONE
+
+
+def check_optimizer(spec: TrainSpec, optimizer: Optimizer, layout: StateLayout) -> None:
+    """Find what is wrong between the optimizer and this model before anything is made.
+
+    Raises:
+      ConfigError: expressions that match nothing, parameters without a group, an update that fails,
+        or `eval.params` that nothing keeps.
+    """
+    model, state = layout.merge(layout.abstract)
+    params = nnx.as_pure(nnx.state(model, state.wrt))
+    optimizer.facts.check(param_path(path) for path, _ in jax.tree.leaves_with_path(params))
+    check_update(optimizer.tx, params)
+    if spec.eval.every_steps:
+        params_of = spec.eval.params
+        jax.eval_shape(
+            lambda leaves: nnx.state(model_for_eval(layout, leaves, params_of)), layout.abstract
+        )
 
 
 def restore_or_init(saver: Checkpointer, layout: StateLayout, feed: Feed) -> tuple[int, Leaves]:
@@ -155,89 +175,6 @@ def make_reporter(
         num_steps=spec.num_steps,
         learning_rate=optimizer.learning_rate,
     )
-
-
-def make_evaluate(
-    spec: TrainSpec, task: Task, layout: StateLayout
-) -> Callable[[Leaves], float] | None:
-    """Mean loss over the first `eval.num_batches` held-out batches; None without any.
-
-    The evaluation step is compiled at its first use.
-    """
-    dataset = task.eval_data() if spec.eval.every_steps else None
-    if dataset is None:
-        return None
-    compiled: list[Any] = []
-
-    def evaluate(leaves: Leaves) -> float:
-        feed = Feed(dataset, spec.global_batch_size, layout.mesh, "held-out data", endless=False)
-        try:
-            if not compiled:
-                step = make_eval_step(task, layout)
-                compiled.append(compile_eval_step(step, layout, feed.abstract()))
-            batches = itertools.islice(feed, spec.eval.num_batches)
-            return mean_loss(compiled[0], leaves, batches)
-        finally:
-            feed.close()
-
-    return evaluate
-
-
-def finish(task: Task, layout: StateLayout, ended: Ended, reporter: Reporter, seed: int) -> None:
-    """Show what the task wants to show of the trained model. Collective.
-
-    One device does it: in a loop that samples tokens, a sharded model would be gathered from all
-    processes for every one of them.
-    """
-    if reporter.last_eval_loss is not None:
-        say(f"done at step {ended.step}: {task.verdict(reporter.last_eval_loss)}")
-    else:
-        say(f"done at step {ended.step}")
-
-    if type(task).finish is Task.finish:
-        return
-    model_bytes, _ = make_ledger(layout).group_bytes()["params"]
-    if model_bytes > FINISH_BYTES:
-        say(f"no sample: the model has {model_bytes} bytes, more than {FINISH_BYTES} on one device")
-    else:
-        model = gather_model(layout, ended.leaves)
-        if distributed.is_lead():
-            show_results(task, layout, model, seed)
-    # Whoever left before the lead is done would wait for it in JAX's own, shorter, barrier.
-    distributed.barrier("finish", timeout_seconds=600.0)
-
-
-def gather_model(layout: StateLayout, leaves: Leaves) -> list[Any]:
-    """The model's leaves whole, on one device of each process. Collective."""
-    own = [name.startswith("model.") for name in layout.names]
-    chosen = [leaf for leaf, keep in zip(leaves, own, strict=True) if keep]
-    whole = jax.jit(list, out_shardings=replicated(layout.mesh))(chosen)
-    here = iter([leaf.addressable_data(0) for leaf in whole])
-    return [next(here) if keep else leaf for leaf, keep in zip(layout.abstract, own, strict=True)]
-
-
-def show_results(task: Task, layout: StateLayout, leaves: list[Any], seed: int) -> None:
-    """Let the task compute something with the model, on one device, and print it. Lead only.
-
-    Args:
-      leaves: from `gather_model`; the optimizer's are abstract.
-    """
-    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
-
-    def run(arrays: dict[int, jax.Array], key: jax.Array) -> Any:
-        model, _ = layout.merge([arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
-        model.eval()
-        return task.finish(model, key)
-
-    results = jax.jit(run)(arrays, jax.random.key(seed))
-    if results is not None:
-        print(task.show({name: np.asarray(value) for name, value in results.items()}), flush=True)
-
-
-def say(text: str) -> None:
-    """Print on the lead process only."""
-    if distributed.is_lead():
-        print(text, flush=True)
 
 
 def _write_json(workdir: str, name: str, record: dict[str, Any]) -> None:

@@ -36,14 +36,23 @@ class ConfigError(ValueError):
         return ConfigError(field, self.rule, self.value)
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    """A phrase that names the closest known name, or lists them all when none is close."""
+def closest(name: str, known: Iterable[str], most: int | None = None) -> str:
+    """A phrase that names the closest known name, or lists them when none is close.
+
+    Args:
+      name: what was written.
+      known: what could have been.
+      most: how many to list at most, the closest of them; None for all.
+    """
     import difflib  # Here, because only a mistake needs it.
 
     known = sorted(known)
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if matches:
         return f"did you mean {matches[0]!r}?"
+    if most is not None and len(known) > most:
+        near = difflib.get_close_matches(name, known, n=most, cutoff=0.0)
+        return f"known: {', '.join(near)} and {len(known) - most} more"
     return f"known: {', '.join(known) if known else '(none)'}"
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from launch.spec.errors import ConfigError
+from launch.spec.errors import ConfigError, closest
 from launch.spec.fields import build, require
 
 BATCH_AXES = ("data", "fsdp")  # The mesh axes over which a batch's examples are split.
@@ -84,12 +84,19 @@ class ShardingSpec:
     Attributes:
       rules: pairs (logical axis name, mesh axis name or None) that come before the built-in
         table of `trainer.sharding`.
+      optimizer_axes: mesh axes that split the optimizer's state besides those of its params; with
+        `data` it is what ZeRO-1 does.
       max_replicated_bytes: bytes per device of state that may be replicated or under-sharded
         before the run is refused; None for no limit.
     """
 
     rules: tuple[Any, ...] = ()
+    optimizer_axes: tuple[str, ...] = ()
     max_replicated_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for axis in self.optimizer_axes:
+            require(axis in AXES, "optimizer_axes", self.optimizer_axes, closest(axis, AXES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,14 +120,21 @@ class CheckpointSpec:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSpec:
-    """Evaluate `num_batches` held-out global batches every `every_steps`; 0 turns it off."""
+    """Evaluate `num_batches` held-out global batches every `every_steps`; 0 turns it off.
+
+    `params` says with whose params: `params` (the trained ones), `ema`, `schedule_free` or
+    `lookahead`, where the optimizer keeps these.
+    """
 
     every_steps: int = 0
     num_batches: int = 8
+    params: str = "params"
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 0, "every_steps", self.every_steps, "must be 0 (off) or more")
         require(self.num_batches >= 1, "num_batches", self.num_batches, "must be at least 1")
+        known = ("params", "ema", "schedule_free", "lookahead")
+        require(self.params in known, "params", self.params, closest(self.params, known))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,7 @@ def test_order_of_the_chain_is_the_order_given():
             lambda c: c["adamw"]["learning_rate"]["warmup_cosine_decay_schedule"].update(
                 decay_steps=5
             ),
-            "Optax refuses it",
+            "decay_steps=5: must be more than warmup_steps=10: it counts the warm-up too",
         ),
     ],
 )
