@@ -157,9 +157,9 @@ OPTIMIZERS = {
     "rmsprop": (
         {
             "chain": ("rmsprop",),
-            "rmsprop": {"learning_rate": RATE / 4, "decay": 0.9, "eps_in_sqrt": False},
+            "rmsprop": {"learning_rate": RATE / 4, "decay": 0.9, "eps": 1e-3, "eps_in_sqrt": False},
         },
-        lambda params: OPTIM.RMSprop(params, lr=RATE / 4, alpha=0.9),
+        lambda params: OPTIM.RMSprop(params, lr=RATE / 4, alpha=0.9, eps=1e-3),
     ),
 }
 
@@ -276,9 +276,10 @@ SCHEDULES = {
         },
         lambda made: SCHEDULERS.StepLR(made, step_size=15, gamma=0.5),
     ),
+    # By import path: a name that does not end in _schedule is no schedule of Optax's to a config.
     "StepLR by one number": (
         {
-            "exponential_decay": {
+            "optax:exponential_decay": {
                 "init_value": RATE,
                 "transition_steps": 15,
                 "decay_rate": 0.5,
@@ -288,7 +289,13 @@ SCHEDULES = {
         lambda made: SCHEDULERS.StepLR(made, step_size=15, gamma=0.5),
     ),
     "ExponentialLR": (
-        {"exponential_decay": {"init_value": RATE, "transition_steps": 1, "decay_rate": 0.95}},
+        {
+            "optax:exponential_decay": {
+                "init_value": RATE,
+                "transition_steps": 1,
+                "decay_rate": 0.95,
+            }
+        },
         lambda made: SCHEDULERS.ExponentialLR(made, gamma=0.95),
     ),
 }
