@@ -55,14 +55,15 @@ def ours(config: Mapping[str, Any]) -> np.ndarray:
         params, state = carry
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         params = jax.tree.map(jnp.add, params, updates)
-        flat = jnp.concatenate([params[layer][name].ravel() for layer, name in NAMES])
-        return (params, state), flat
+        return (params, state), params
 
     @jax.jit
     def run(params):
         return jax.lax.scan(update, (params, tx.init(params)), length=NUM_STEPS)[1]
 
-    return np.asarray(run(jax.tree.map(jnp.asarray, PARAMS)))
+    steps = run(jax.tree.map(jnp.asarray, PARAMS))
+    flat = [np.asarray(steps[layer][name]).reshape(NUM_STEPS, -1) for layer, name in NAMES]
+    return np.concatenate(flat, axis=1)
 
 
 def theirs(
@@ -315,7 +316,7 @@ def torch_rates(scheduler: Callable[[Any], Any], num_steps: int = NUM_STEPS) -> 
 
 def our_rates(schedule: Mapping[str, Any], num_steps: int = NUM_STEPS) -> list[float]:
     rate = make_optimizer({"chain": ("sgd",), "sgd": {"learning_rate": schedule}}).learning_rate
-    return np.asarray(jax.vmap(rate)(jnp.arange(num_steps))).tolist()
+    return np.asarray(jax.jit(jax.vmap(rate))(jnp.arange(num_steps))).tolist()
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
