@@ -36,6 +36,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff",
             "mypy",
+            "torch>=2.13.0",
         ],
     },
     entry_points={"console_scripts": ["muster=launch.main:console"]},
