@@ -54,7 +54,8 @@ def find_transformation(field: str, name: str) -> Callable[..., Any]:
 
 def is_schedule(name: str) -> bool:
     """Whether Optax has a function of this name that makes a schedule."""
-    ends = name.endswith(("_schedule", "_schedules")) and not name.startswith(("_", "scale_by_"))
+    ends = name.endswith(("_schedule", "_schedules", "_decay"))  # exponential_decay is one too
+    ends = ends and not name.startswith(("_", "scale_by_"))
     return ends and inspect.isfunction(getattr(optax, name, None))
 
 
