@@ -34,7 +34,7 @@ def described(argv: list[str]) -> str:
     """
     own = flags.FlagValues()
     flags.DEFINE_integer("num_devices", None, "Devices to lay out for.", 1, flag_values=own)
-    from_cluster = load_config("cluster", argv[1:], required=False, open_sections=("env",))
+    from_cluster = load_config("cluster", argv[1:], required=False)
     from_config = load_config("config", from_cluster.rest)
     parse_flags([argv[0], *from_config.rest], own)
     spec = train_spec(from_config.config)

@@ -14,13 +14,16 @@ from optax import contrib
 from launch.spec import ConfigError, closest
 
 # Gradient transformations that a config cannot ask for, and why.
+_EACH = "it needs the gradient of every single example, and the trainer has that of the batch"
+_CHAIN = "write a section with a `chain` where a transformation is wanted"
 REFUSED = {
-    "chain": "write a section with a `chain` where a transformation is wanted",
-    "named_chain": "write a section with a `chain` where a transformation is wanted",
-    "differentially_private_aggregate": "it needs the gradient of every single example, and the "
-    "trainer has the gradient of the batch",
-    "dpsgd": "it needs the gradient of every single example, and the trainer has the gradient of "
-    "the batch",
+    "chain": _CHAIN,
+    "named_chain": _CHAIN,
+    "differentially_private_aggregate": _EACH,
+    "dpsgd": _EACH,
+    "monitor": "its state has another structure after the first update than before, which no "
+    "compiled step can take; `snapshot` keeps one measurement",
+    "measure_with_ema": "it turns the updates into measurements, which is for `monitor` alone",
 }
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

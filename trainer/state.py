@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -62,12 +63,15 @@ class StateLayout:
         return jax.tree.leaves(nnx.state((model, optimizer)))
 
     def as_dict(self, leaves: Sequence[Any]) -> dict[str, Any]:
-        """Leaves by name, as a checkpoint keeps them."""
-        return dict(zip(self.names, leaves, strict=True))
+        """Leaves by name, as a checkpoint keeps them: Orbax takes no array without elements."""
+        return {name: leaf for name, leaf in zip(self.names, leaves, strict=True) if leaf.size > 0}
 
     def from_dict(self, leaves: Mapping[str, Any]) -> list[Any]:
-        """Leaves in order, from a dict by name."""
-        return [leaves[name] for name in self.names]
+        """Leaves in order, from a dict by name as `as_dict` gives it."""
+        return [
+            leaves[name] if leaf.size else _empty(leaf)
+            for name, leaf in zip(self.names, self.abstract, strict=True)
+        ]
 
 
 def make_layout(
@@ -148,6 +152,13 @@ def constrain(module: Any, kind: type[nnx.Variable], layout: StateLayout) -> Non
     paths, treedef = jax.tree_util.tree_flatten_with_path(state)
     shardings = treedef.unflatten([by_name[_leaf_name(path, root)] for path, _ in paths])
     nnx.update(module, jax.lax.with_sharding_constraint(state, shardings))
+
+
+def _empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array without elements, in its sharding."""
+    return jax.make_array_from_callback(
+        leaf.shape, leaf.sharding, lambda index: np.empty(leaf.shape, leaf.dtype)
+    )
 
 
 def _leaf_name(path: Sequence[Any], root: str | None = None) -> str:

@@ -84,9 +84,7 @@ def make_train_step(
             return _mean_loss(loss, params, rest, batches)
 
         # What some transformations want besides the gradients; it costs the others nothing.
-        optimizer.update(
-            model, mean.grads, value=mean.loss, grad=mean.grads, value_fn=loss_of, obj_fn=loss_of
-        )
+        optimizer.update(model, mean.grads, value=mean.loss, grad=mean.grads, value_fn=loss_of)
         skipping = find_state(nnx.as_pure(optimizer.opt_state), SkipState)
         if skipping is not None:
             new_rest = _unless(skipping.in_a_row > 0, rest, new_rest)

@@ -15,6 +15,7 @@ import optax
 from optax import contrib
 
 from launch.spec import ConfigError, closest, require
+from trainer.optax_adapters import SlowState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,33 +217,6 @@ def average_params(
         return updates, AverageState(average, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-class SlowState(NamedTuple):
-    """State of `with_slow_params`: lookahead's slow params, and its own state."""
-
-    slow: Any
-    inner: Any
-
-
-def with_slow_params(lookahead: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Keep the slow params of `optax.lookahead` in its state.
-
-    Optax wants the caller to hold pairs of params; here the model has the fast ones alone.
-    """
-
-    def init(params: optax.Params) -> SlowState:
-        slow = jax.tree.map(lambda p: jnp.array(p, copy=True), params)
-        return SlowState(slow, lookahead.init(optax.LookaheadParams(fast=params, slow=slow)))
-
-    def update(
-        updates: optax.Updates, state: SlowState, params: optax.Params
-    ) -> tuple[optax.Updates, SlowState]:
-        pair = optax.LookaheadParams(fast=params, slow=state.slow)
-        updates, inner = lookahead.update(updates, state.inner, pair)
-        return updates.fast, SlowState(optax.apply_updates(state.slow, updates.slow), inner)
-
-    return optax.GradientTransformation(init, update)
 
 
 def find_state(opt_state: Any, kind: type) -> Any:

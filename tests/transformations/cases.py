@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
@@ -44,19 +45,19 @@ def add_one_percent_leaf(update: Any, param: Any = None) -> Any:
     return update * 1.01
 
 
-def measures() -> Any:
-    """For `monitor`; called by nobody: `measures` wants a dict, which a config cannot give."""
-    raise AssertionError
-
-
 def norm_of(updates: Any, *args: Any, **kwargs: Any) -> Any:
-    """For `measure_with_ema` and `snapshot`."""
+    """For `snapshot`."""
     del args, kwargs
     return jnp.asarray(optax.tree.norm(updates))
 
 
-WITH_RATE = """adabelief adadelta adafactor adagrad adam adamax adamaxw adamw adan amsgrad fromage lamb
-lars lion noisy_sgd novograd optimistic_adam_v2 optimistic_gradient_descent radam rmsprop rprop
+def two_dims(params: Any) -> Any:
+    """For `scale_by_muon`, which orthogonalizes what it gets: rows and columns of matrices."""
+    return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), params)
+
+
+WITH_RATE = """adabelief adadelta adafactor adagrad adam adamax adamaxw adamw adan amsgrad fromage
+lamb lars lion noisy_sgd novograd optimistic_adam_v2 optimistic_gradient_descent radam rmsprop rprop
 sgd sign_sgd signum sm3 yogi acprop ademamix adopt cocob dadapt_adamw dog dowg galore madgrad momo
 momo_adam muon prodigy schedule_free_adamw schedule_free_sgd simplified_ademamix sophia"""
 
@@ -66,7 +67,7 @@ scale_by_param_block_norm scale_by_param_block_rms scale_by_trust_ratio normaliz
 SCALE_BY = """scale_by_acprop scale_by_adadelta scale_by_adam scale_by_adamax scale_by_adan
 scale_by_ademamix scale_by_adopt scale_by_amsgrad scale_by_belief scale_by_cocob
 scale_by_distance_over_gradients scale_by_factored_rms scale_by_galore scale_by_lbfgs scale_by_lion
-scale_by_muon scale_by_novograd scale_by_optimistic_gradient scale_by_polyak scale_by_radam
+scale_by_novograd scale_by_optimistic_gradient scale_by_polyak scale_by_radam
 scale_by_rms scale_by_rss scale_by_simplified_ademamix scale_by_sm3 scale_by_stddev scale_by_yogi
 hutchinson_estimator_diag_hessian"""
 
@@ -132,7 +133,14 @@ CASES: dict[str, dict[str, Any]] = {
         "stateless_with_tree_map": {"f": f"{HERE}:add_one_percent_leaf"},
         "adam": RATE,
     },
-    "measure_with_ema": scaled("measure_with_ema", measure=f"{HERE}:norm_of", decay=0.9),
+    "scale_by_muon": alone(
+        "masked",
+        mask=("kernel", "square"),
+        inner=scaled("scale_by_muon", weight_dimension_numbers=f"{HERE}:two_dims"),
+    ),
+    "sam, opaque": alone(
+        "sam", optimizer=SGD, adv_optimizer=alone("sgd", learning_rate=0.05), opaque_mode=True
+    ),
     "snapshot": scaled("snapshot", measure_name="norm", measure=f"{HERE}:norm_of"),
     "reduce_on_plateau": {"chain": ("adam", "reduce_on_plateau"), "adam": RATE},
     "scale_by_backtracking_linesearch": {
@@ -174,6 +182,16 @@ CASES: dict[str, dict[str, Any]] = {
         "master_dtype": "float32",
         "skip": {"loss_sigmas": 6.0},
     },
+}
+
+
+# Parameters that these leave as they are.
+FROZEN = {
+    "freeze": {"bias"},
+    "selective_transform": {"bias"},
+    "partition": {"deep"},
+    "multi_transform": {"deep"},
+    "set_to_zero": {"kernel", "bias", "square", "deep"},
 }
 
 
