@@ -1,4 +1,4 @@
-"""An MLP fits Friedman's function through noise: parameter groups, as the Optax cheat sheet has them.
+"""An MLP fits a noisy function: biases by SGD, kernels by Adam, the loss beside the noise.
 
 Command:  muster run --config=configs/regression.py --cluster=configs/cluster/local.py \
               --workdir=runs/regression
@@ -35,9 +35,10 @@ def get_config(schedule: str = "warmup_cosine") -> ConfigDict:
     config.data.mask_fraction = 0.0  # of the rows, which then have no target and no weight
     config.data.seed = 0  # of the rows; `config.seed` is that of their order
 
-    # Each parameter is in the group of the first expression that its path matches. The biases have
-    # a long way to go, since the target's mean is 14: Adam takes even steps, SGD large ones first.
-    biases = ConfigDict({"chain": ("sgd",), "sgd": ConfigDict({"learning_rate": 2e-2})})
+    # A parameter is in the group of the first expression that its path matches. The biases have a
+    # long way to go, as the target's mean is 14: SGD's steps are as large, Adam's are not.
+    biases = ConfigDict({"chain": ("sgd",), "sgd": ConfigDict()})
+    biases.sgd.learning_rate = schedules.by_name(schedule, 2e-2, config.num_steps)
     kernels = ConfigDict({"chain": ("adam",), "adam": ConfigDict()})
     kernels.adam.learning_rate = schedules.by_name(schedule, 2e-2, config.num_steps)
     config.optimizer = ConfigDict()

@@ -92,7 +92,7 @@ def inverse_sqrt_schedule(peak_value: float, warmup_steps: int) -> Callable[[Any
 
     Args:
       peak_value: reached after `warmup_steps`, at least 1.
-      warmup_steps: linear, from 0. From there on the rate is peak_value * sqrt(warmup_steps / step).
+      warmup_steps: linear, from 0; then the rate is peak_value * sqrt(warmup_steps / step).
     """
     if warmup_steps < 1:
         rule = "must be at least 1: the rate falls as sqrt(warmup_steps / step)"
@@ -121,7 +121,8 @@ def by_name(name: str, peak: float, num_steps: int) -> ConfigDict:
       ConfigError: no such schedule.
     """
     known = {
-        make.__name__: make for make in (warmup_cosine, warmup_stable_decay, inverse_sqrt, one_cycle)
+        make.__name__: make
+        for make in (warmup_cosine, warmup_stable_decay, inverse_sqrt, one_cycle)
     }
     if name not in known:
         rule = f"configs/schedules.py has no such schedule; {closest(name, known)}"

@@ -74,7 +74,10 @@ class ConvNet(nnx.Module):
         self.side = side
         channels = (1, *config.channels)
         self.blocks = nnx.List(
-            [Block(below, above, config.norm, rngs) for below, above in itertools.pairwise(channels)]
+            [
+                Block(below, above, config.norm, rngs)
+                for below, above in itertools.pairwise(channels)
+            ]
         )
         side_left = side >> len(config.channels)
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs)

@@ -66,7 +66,9 @@ class DataConfig:
 
 
 class Regression(Task):
-    """An MLP fits Friedman's function. `config.model` is an MLPConfig, `config.data` a DataConfig."""
+    """An MLP fits Friedman's function. `config.model` is an MLPConfig, `config.data` a
+    DataConfig.
+    """
 
     def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any]):
         super().__init__(model, data)
@@ -108,7 +110,9 @@ class Regression(Task):
 
     def describe(self) -> str:
         """How much data there is, and between what its loss must lie."""
-        masked = f", {self.data.mask_fraction:.0%} of them masked" if self.data.mask_fraction else ""
+        masked = (
+            f", {self.data.mask_fraction:.0%} of them masked" if self.data.mask_fraction else ""
+        )
         return (
             f"data: {self.data.num_rows:,} rows of {self.data.num_inputs} inputs{masked}; a mean "
             f"squared error of {self._held_out.variance:.2f} is that of guessing the mean, and "
