@@ -34,9 +34,10 @@ setup(
             "pytest>=8.4",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.6",
-            "scikit-learn>=1.8",  # configs/digits.py trains on its digits
             "ruff",
             "mypy",
+            "scikit-learn>=1.8",  # configs/digits.py trains on its digits.
+            "torch>=2.13.0",
         ],
     },
     entry_points={"console_scripts": ["muster=launch.main:console"]},

@@ -54,7 +54,7 @@ def make_request(argv: Sequence[str], flags: Mapping[str, str], command: Sequenc
     Raises:
       ConfigError: something in it cannot be.
     """
-    from_cluster = load_config("cluster", argv, open_sections=("env",))
+    from_cluster = load_config("cluster", argv)
     from_config = load_config("config", from_cluster.rest, required=False)
     rest = list(from_config.rest)
     foreign = rest[1:] if rest[:1] == ["--"] else []

@@ -20,11 +20,11 @@ from launch import contract
 from launch.spec import (
     ConfigError,
     check_same_run,
-    closest,
     load_config,
     plain,
     train_spec,
 )
+from trainer.command_line import parse_flags
 from trainer.exit import run_main
 
 FLAGS = flags.FLAGS
@@ -108,26 +108,6 @@ def app_run(config: Any, argv: list[str]) -> int:
     with contextlib.suppress(SystemExit):  # absl ends with one, --help with another.
         app.run(lambda _: codes.append(run(config)), argv=argv, flags_parser=parse_flags)
     return codes[0] if codes else contract.EXIT_DONE
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parse absl's flags; a mistake is one line with the closest match.
-
-    Raises:
-      ConfigError: an unknown flag, a wrong value, or an argument that is no flag.
-    """
-    try:
-        rest = FLAGS(argv)
-    except flags.UnrecognizedFlagError as error:
-        known = [name for name in FLAGS if len(name) > 1]
-        raise ConfigError(
-            "", f"unknown flag --{error.flagname}; {closest(error.flagname, known)}"
-        ) from None
-    except flags.Error as error:
-        raise ConfigError("", " ".join(str(error).split())) from None
-    if rest[1:]:
-        raise ConfigError("", f"unexpected argument {rest[1]!r}; flags are written --name=value")
-    return rest
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from launch.spec import AXES, BATCH_AXES, ConfigError, MeshSpec
 
@@ -31,6 +31,12 @@ def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
     # Auto, because under jax.make_mesh's default (Explicit) a sharding constraint is only an
     # assertion and NNX layers do not trace.
     return Mesh(device_grid(spec, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(spec: MeshSpec) -> Any:
+    """The mesh of a resolved spec without its devices: enough to lay arrays out, not to run."""
+    sizes = (spec.dcn_data * spec.data, spec.dcn_fsdp * spec.fsdp, spec.tensor)
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def device_grid(spec: MeshSpec, devices: Sequence[Any]) -> np.ndarray:

@@ -60,7 +60,7 @@ class ShardedOptimizer(nnx.Optimizer):
 
         def variable(path: Sequence[Any], leaf: Any) -> nnx.optimizer.OptState:
             leaf = jnp.asarray(leaf)
-            owner = _owner(param_path(path), layouts)
+            owner = owner_of(param_path(path), layouts)
             spec = spec_of_state(leaf, layouts[owner] if owner else None, param_path(path), how)
             kind = nnx.optimizer.OptVariable if owner else nnx.optimizer.OptArray
             return kind(leaf, out_sharding=tuple(spec))
@@ -178,8 +178,9 @@ def aligned(
     return dims
 
 
-def _owner(path: str, params: Mapping[str, ParamLayout]) -> str | None:
-    """The param with the longest path that lies in the path of a leaf of the state."""
+def owner_of(path: str, params: Iterable[str]) -> str | None:
+    """The param with the longest path that lies in the path of a leaf of the state, if any."""
+    params = frozenset(params)
     keys = path.split(".")
     for length in range(len(keys), 0, -1):
         for start in range(len(keys) - length, -1, -1):

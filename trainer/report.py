@@ -13,9 +13,11 @@ import jax
 from launch.contract import report_progress
 from trainer.metrics import MetricWriter, ProgressPrinter, Rates, Throughput, progress_line
 
+_SKIPS = ("skipped_nonfinite", "skipped_spikes")  # Counters of steps left out, in the metrics.
+
 
 class TrainingDiverged(RuntimeError):
-    """The loss or the gradient norm is no longer a finite number."""
+    """The loss or the gradient norm is no longer finite, or too many steps were left out."""
 
 
 class Reporter:
@@ -30,6 +32,7 @@ class Reporter:
       log_every_steps: which steps are logged; `num_steps` is logged too.
       num_steps: of the run.
       learning_rate: count of updates before a step -> the rate it used; None if not known.
+      max_skipped: so many steps in a row left out end the run; None where none are left out.
       clock: seconds that only grow.
     """
 
@@ -41,6 +44,7 @@ class Reporter:
         log_every_steps: int,
         num_steps: int,
         learning_rate: Callable[[int], Any] | None,
+        max_skipped: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._output = output
@@ -48,6 +52,7 @@ class Reporter:
         self._log_every = log_every_steps
         self._num_steps = num_steps
         self._learning_rate = learning_rate
+        self._max_skipped = max_skipped
         self._clock = clock
         self._pending: list[tuple[int, Any]] = []  # Dispatched, not yet read.
         self._wait_seconds = 0.0  # For data, when the newest pending step was dispatched.
@@ -61,11 +66,12 @@ class Reporter:
 
         Args:
           step: it completes.
-          metrics: `loss` and `grad_norm`, scalars on the device.
+          metrics: `loss`, `grad_norm` and perhaps counters of skipped steps, scalars on the device.
           wait_seconds: waited for data since the start of the run.
 
         Raises:
-          TrainingDiverged: at the next logged step after the loss ceased to be finite.
+          TrainingDiverged: at the next logged step after the loss ceased to be finite, or too
+            many steps were left out.
         """
         # At most two steps are in flight: enough to keep the device busy, and few enough that
         # gloo's threads cannot starve each other on CPU (it deadlocks after some 40).
@@ -120,15 +126,33 @@ class Reporter:
         """
         read = jax.device_get(self._pending)
         self._pending = []
+        window = f"(read in the window of steps {read[0][0]} to {read[-1][0]})" if read else ""
         for step, metrics in read:
+            if metrics.get("skipped_in_a_row", 0) > 0:
+                self._left_out(step, metrics, window)
+                continue
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(metrics[name]):
                     raise TrainingDiverged(
-                        f"{name} is {metrics[name]} at step {step} (read in the window of steps "
-                        f"{read[0][0]} to {read[-1][0]}); checkpoints are from before it. Lower "
-                        "the learning rate, clip harder, or look at the data of that step"
+                        f"{name} is {metrics[name]} at step {step} {window}; checkpoints are from "
+                        "before it. Lower the learning rate, clip harder, or look at the data of "
+                        "that step"
                     )
         return read[-1][1] if read else None
+
+    def _left_out(self, step: int, metrics: Any, window: str) -> None:
+        """Tell of an update that was left out; too many in a row are an error."""
+        what = f"loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}"
+        if self._output:
+            self._output.say(f"step {step}: update left out ({what})")
+        in_a_row = int(metrics["skipped_in_a_row"])
+        if self._max_skipped is not None and in_a_row >= self._max_skipped:
+            raise TrainingDiverged(
+                f"{in_a_row} updates in a row were left out, the last at step {step} {window} with "
+                f"{what}; config.optimizer.skip.max_in_a_row={self._max_skipped}. The params are "
+                f"those of step {step - in_a_row}. Lower the learning rate, clip harder, look at "
+                "the data, or allow larger spikes"
+            )
 
     def _log(self, step: int) -> None:
         metrics = self._read()
@@ -144,12 +168,13 @@ class Reporter:
                 {
                     "loss": loss,
                     "grad_norm": float(metrics["grad_norm"]),
-                    "learning_rate": self._rate(step - 1),
+                    "learning_rate": self._rate(_updates_before(step, metrics)),
                     "tokens_per_second": rates.tokens_per_second if rates else None,
                     "step_seconds": rates.step_seconds if rates else None,
                     "data_wait_seconds": self._wait_seconds - wait,
                     "checkpoint_blocking_seconds": self._saving_seconds - saving,
                     "mfu": rates.mfu if rates else None,
+                    **{name: int(metrics[name]) for name in _SKIPS if name in metrics},
                 },
             )
         self._logged = (self._wait_seconds, self._saving_seconds)
@@ -159,6 +184,12 @@ class Reporter:
             return None
         with jax.transfer_guard("allow"):  # A schedule computes with jax; it is one small number.
             return float(self._learning_rate(count))
+
+
+def _updates_before(step: int, metrics: Any) -> int:
+    """How many updates had been made before a step: the count that a schedule was asked with."""
+    skipped = sum(int(metrics.get(name, 0)) for name in _SKIPS)
+    return step - 1 - skipped + (int(metrics.get("skipped_in_a_row", 0)) > 0)
 
 
 class Output:
@@ -179,6 +210,10 @@ class Output:
         """Write and show an evaluation."""
         self._writer.write(step, {"eval_loss": eval_loss})
         self._printer.say(f"held-out loss at step {step}: {eval_loss:.4f}")
+
+    def say(self, text: str) -> None:
+        """Show a line that stays."""
+        self._printer.say(text)
 
     def close(self) -> None:
         """Write out what is buffered."""

@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import jax
-from flax import nnx
 
 from launch import contract
 from launch.spec import TrainSpec
@@ -17,19 +16,17 @@ from trainer import distributed
 from trainer.checkpoint import Checkpointer
 from trainer.data.feed import Feed
 from trainer.distributed import say
-from trainer.evaluate import make_evaluate, model_for_eval
+from trainer.evaluate import make_evaluate
 from trainer.finish import finish
-from trainer.ledger import check_replication, make_ledger
 from trainer.loop import Loop
 from trainer.mesh import make_mesh
 from trainer.metrics import Throughput
-from trainer.optimizer import Optimizer, check_update, make_optimizer
-from trainer.param_paths import param_path
+from trainer.optimizer import Optimizer
 from trainer.preemption import StopSignal
+from trainer.prepare import prepare
 from trainer.report import Output, Reporter
 from trainer.schedules import remarks
-from trainer.sharding import make_rules
-from trainer.state import Leaves, StateLayout, init_state, make_layout
+from trainer.state import Leaves, StateLayout, init_state
 from trainer.step import compile_train_step, make_train_step
 from trainer.task import Task
 
@@ -51,14 +48,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     # ------------------------------------------------------------------ mesh and state's layout
     contract.report_progress(0, "init")
     mesh = make_mesh(spec.mesh)
-    rules = make_rules(spec.sharding.rules, mesh)
-    optimizer = make_optimizer(spec.optimizer)
-    layout = make_layout(
-        task, optimizer.tx, mesh, rules, spec.seed, optimizer_axes=spec.sharding.optimizer_axes
-    )
-    check_optimizer(spec, optimizer, layout)
-    ledger = make_ledger(layout)
-    check_replication(ledger, spec.sharding.max_replicated_bytes)
+    optimizer, layout, ledger = prepare(spec, task, mesh)
     say(ledger.as_text())
     for line in remarks(optimizer.schedules, spec.num_steps):
         say(line)
@@ -126,24 +116,6 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     return contract.EXIT_RESUMABLE if ended.stopped else contract.EXIT_DONE
 
 
-def check_optimizer(spec: TrainSpec, optimizer: Optimizer, layout: StateLayout) -> None:
-    """Find what is wrong between the optimizer and this model before anything is made.
-
-    Raises:
-      ConfigError: expressions that match nothing, parameters without a group, an update that fails,
-        or `eval.params` that nothing keeps.
-    """
-    model, state = layout.merge(layout.abstract)
-    params = nnx.as_pure(nnx.state(model, state.wrt))
-    optimizer.facts.check(param_path(path) for path, _ in jax.tree.leaves_with_path(params))
-    check_update(optimizer.tx, params)
-    if spec.eval.every_steps:
-        params_of = spec.eval.params
-        jax.eval_shape(
-            lambda leaves: nnx.state(model_for_eval(layout, leaves, params_of)), layout.abstract
-        )
-
-
 def restore_or_init(saver: Checkpointer, layout: StateLayout, feed: Feed) -> tuple[int, Leaves]:
     """The newest usable checkpoint, or a fresh state where the run has none. Collective."""
     contract.report_progress(0, "restore")
@@ -174,6 +146,7 @@ def make_reporter(
         log_every_steps=spec.log_every_steps,
         num_steps=spec.num_steps,
         learning_rate=optimizer.learning_rate,
+        max_skipped=optimizer.skip.max_in_a_row if optimizer.skip else None,
     )
 
 

@@ -20,7 +20,6 @@ def get_config(size="small"):
     config.nothing = None
     config.model = config_dict.ConfigDict({"num_layers": 2, "size": size})
     config.decay_steps = config.get_ref("num_steps")
-    config.env = config_dict.ConfigDict()
     return config
 """
 
@@ -72,13 +71,6 @@ def test_an_edit_within_the_same_second_is_seen(file):
     load_config("config", [f"--config={file}"])
     file.write_text(CONFIG.replace("num_steps = 5", "num_steps = 6"))
     assert load_config("config", [f"--config={file}"]).config.num_steps == 6
-
-
-def test_an_open_section_takes_new_fields_and_others_do_not(file):
-    arguments = [f"--config={file}", "--config.env.NEW=x=1"]
-    assert load_config("config", arguments, open_sections=("env",)).config.env.NEW == "x=1"
-    with pytest.raises(ConfigError, match=r"config\.env\.NEW: no such field"):
-        load_config("config", arguments)
 
 
 BAD_ARGUMENTS = {
