@@ -38,7 +38,7 @@ def get_config(schedule: str = "warmup_cosine") -> ConfigDict:
     # A parameter is in the group of the first expression that its path matches. The biases have a
     # long way to go, as the target's mean is 14: SGD's steps are as large, Adam's are not.
     biases = ConfigDict({"chain": ("sgd",), "sgd": ConfigDict()})
-    biases.sgd.learning_rate = schedules.by_name(schedule, 2e-2, config.num_steps)
+    biases.sgd.learning_rate = schedules.by_name(schedule, 4e-2, config.num_steps)
     kernels = ConfigDict({"chain": ("adam",), "adam": ConfigDict()})
     kernels.adam.learning_rate = schedules.by_name(schedule, 2e-2, config.num_steps)
     config.optimizer = ConfigDict()

@@ -148,9 +148,10 @@ def mse_loss(model: MLP, x_BI: jax.Array, y_B: jax.Array, weight_B: jax.Array) -
 
     The target of an example without weight may be anything.
     """
+    # Not a product with 0 afterwards: that of NaN is NaN, in the gradient if not in the loss.
+    y_B = jnp.where(weight_B > 0, y_B, 0.0)
     squared_B = optax.squared_error(model(x_BI)[:, 0], y_B)
-    counted_B = jnp.where(weight_B > 0, weight_B * squared_B, 0.0)
-    return Loss(jnp.sum(counted_B), jnp.sum(weight_B))
+    return Loss(jnp.sum(weight_B * squared_B), jnp.sum(weight_B))
 
 
 def friedman(x_NI: np.ndarray) -> np.ndarray:
