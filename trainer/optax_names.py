@@ -54,8 +54,8 @@ def find_transformation(field: str, name: str) -> Callable[..., Any]:
 
 def is_schedule(name: str) -> bool:
     """Whether Optax has a function of this name that makes a schedule."""
-    ends = name.endswith(("_schedule", "_schedules")) and not name.startswith(("_", "scale_by_"))
-    return ends and inspect.isfunction(getattr(optax, name, None))
+    made = inspect.isfunction(getattr(optax.schedules, name, None))
+    return made and not name.startswith(("_", "inject_"))
 
 
 def find_schedule(field: str, name: str) -> Callable[..., Any]:
@@ -67,9 +67,9 @@ def find_schedule(field: str, name: str) -> Callable[..., Any]:
     if is_import_path(name):
         return import_function(field, name)
     if not is_schedule(name):
-        known = [key for key in vars(optax) if is_schedule(key)]
+        known = [key for key in vars(optax.schedules) if is_schedule(key)]
         raise ConfigError(field, f"Optax has no such schedule; {closest(name, known)}")
-    return getattr(optax, name)
+    return getattr(optax.schedules, name)
 
 
 def is_import_path(value: Any) -> bool:

@@ -280,7 +280,7 @@ SCHEDULES = {
     # By import path: a name that does not end in _schedule is no schedule of Optax's to a config.
     "StepLR by one number": (
         {
-            "optax:exponential_decay": {
+            "exponential_decay": {
                 "init_value": RATE,
                 "transition_steps": 15,
                 "decay_rate": 0.5,
@@ -291,7 +291,7 @@ SCHEDULES = {
     ),
     "ExponentialLR": (
         {
-            "optax:exponential_decay": {
+            "exponential_decay": {
                 "init_value": RATE,
                 "transition_steps": 1,
                 "decay_rate": 0.95,
