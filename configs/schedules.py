@@ -55,7 +55,7 @@ def warmup_stable_decay(
 
 
 def inverse_sqrt(peak: float, num_steps: int, warmup_steps: int | None = None) -> ConfigDict:
-    """Linearly from 0 to `peak`, then as 1 / sqrt(step): it falls for ever, whatever `num_steps`."""
+    """Linearly from 0 to `peak`, then as 1 / sqrt(step): whatever `num_steps`."""
     warmup_steps = _tenth(num_steps) if warmup_steps is None else warmup_steps
     return imported(
         "configs.schedules:inverse_sqrt_schedule", peak_value=peak, warmup_steps=warmup_steps
