@@ -36,6 +36,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff",
             "mypy",
+            "scikit-learn>=1.8",  # configs/digits.py trains on its digits.
             "torch>=2.13.0",
         ],
     },
