@@ -115,6 +115,8 @@ def skip_bad_steps(
         window = jnp.minimum(state.taken + 1, spec.window_steps).astype(jnp.float32)
         new_updates, new_inner = inner.update(updates, state.inner, params, value=value, **extra)
 
+        # One more pass over the state. `lax.cond` was measured to take three times as long on CPU:
+        # it copies the state.
         def unless(left_out: jax.Array, old: Any, new: Any) -> Any:
             return jax.tree.map(lambda o, n: jnp.where(left_out, o, n), old, new)
 
