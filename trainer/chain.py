@@ -70,7 +70,8 @@ class ChainBuilder:
 
     facts: Facts
     spared: Choice | None = None  # By `no_decay`.
-    learning_rate: Schedule | None = None
+    group: str = ""  # Of the chain that is being built.
+    learning_rates: dict[str, Schedule] = dataclasses.field(default_factory=dict)
     schedules: list[tuple[str, Schedule]] = dataclasses.field(default_factory=list)
 
     def chain(
@@ -172,9 +173,9 @@ class ChainBuilder:
                 pass  # With `transforms`.
             else:
                 made[key] = self.value(f"{field}.{key}", value, inner)
-        if self.learning_rate is None and values.get("learning_rate") is not None:
+        if self.group not in self.learning_rates and values.get("learning_rate") is not None:
             rate = made.get("learning_rate", values["learning_rate"])
-            self.learning_rate = rate if callable(rate) else lambda step: rate
+            self.learning_rates[self.group] = rate if callable(rate) else lambda step: rate
         self.decay(field, values, masks, made, scope)
         return made
 
@@ -205,10 +206,12 @@ class ChainBuilder:
         def choice(name: str) -> Choice:
             return _both(scope, lambda path: groups.group_of(path) == name)
 
-        made = {
-            name: self.chain(f"{field}.transforms.{name}", group, choice(name))
-            for name, group in sections.items()
-        }
+        made, outer = {}, self.group
+        for name in groups.names:
+            self.group = f"{outer}/{name}" if outer else name
+            where = f"{field}.transforms.{name}"
+            made[name] = self.chain(where, sections[name], choice(name))
+        self.group = outer
         return {"transforms": made, "param_labels": groups}
 
     def patterns(self, field: str, value: Any) -> Any:

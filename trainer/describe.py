@@ -64,10 +64,11 @@ def describe(spec: TrainSpec) -> str:
     lines = [as_table(rows), ""]
     if others:
         lines.append(f"state of no one parameter: {', '.join(others)}")
-    if prepared.optimizer.learning_rate is not None:
-        steps = sorted({round(share * (spec.num_steps - 1)) for share in (0, 0.1, 0.25, 0.5, 1)})
-        rates = [f"{float(prepared.optimizer.learning_rate(n)):.3g} at {n}" for n in steps]
-        lines.append(f"learning rate (count of updates before): {', '.join(rates)}")
+    steps = sorted({round(share * (spec.num_steps - 1)) for share in (0, 0.1, 0.25, 0.5, 1)})
+    for group, rate in prepared.optimizer.learning_rates.items():
+        shown = ", ".join(f"{float(rate(n)):.3g} at {n}" for n in steps)
+        of = f" of {group}" if group else ""
+        lines.append(f"learning rate{of} by count of updates: {shown}")
     lines += [prepared.ledger.as_text(), *remarks(prepared.optimizer.schedules, spec.num_steps)]
     return "\n".join(lines)
 

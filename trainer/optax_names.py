@@ -62,13 +62,11 @@ def is_schedule(name: str) -> bool:
 
 
 def find_schedule(field: str, name: str) -> Callable[..., Any]:
-    """The function that makes a schedule: Optax's by name, anyone's by import path.
+    """Optax's function of this name that makes a schedule.
 
     Raises:
       ConfigError: there is none, with the closest match.
     """
-    if is_import_path(name):
-        return import_function(field, name)
     if not is_schedule(name):
         known = [key for key in vars(optax.schedules) if is_schedule(key)]
         raise ConfigError(field, f"Optax has no such schedule; {closest(name, known)}")

@@ -30,18 +30,26 @@ class Optimizer:
 
     Attributes:
       tx: the transformation.
-      learning_rate: step -> learning rate of the first transformation that takes one; None when
-        none does.
+      learning_rates: group -> learning rate by count of updates, of the first transformation of
+        its chain that takes one; the group "" is all params.
       schedules: every schedule with its field.
       skip: which updates are left out; None for none.
       facts: about parameters.
     """
 
     tx: optax.GradientTransformation
-    learning_rate: Schedule | None
+    learning_rates: dict[str, Schedule]
     schedules: list[tuple[str, Schedule]]
     skip: transforms.SkipSpec | None
     facts: Facts
+
+    @property
+    def learning_rate(self) -> Schedule | None:
+        """The rate to name when there is to be one: of all params, or else of the last group,
+        which takes what the others left. None when no transformation takes one.
+        """
+        rates = self.learning_rates
+        return rates.get("", next(reversed(rates.values()), None))
 
 
 def make_optimizer(config: Mapping[str, Any]) -> Optimizer:
@@ -71,7 +79,7 @@ def make_optimizer(config: Mapping[str, Any]) -> Optimizer:
     if config.get("skip") is not None:
         skip = build(transforms.SkipSpec, config["skip"], f"{FIELD}.skip")
         tx = transforms.skip_bad_steps(tx, skip)
-    return Optimizer(tx, builder.learning_rate, builder.schedules, skip, builder.facts)
+    return Optimizer(tx, builder.learning_rates, builder.schedules, skip, builder.facts)
 
 
 def check_update(tx: optax.GradientTransformation, params: Any) -> None:

@@ -84,6 +84,11 @@ class Groups:
             if name not in [group for _, group in labels]:
                 raise ConfigError(field, f"no expression leads to group {name!r} of transforms")
 
+    @property
+    def names(self) -> list[str]:
+        """All groups, in the order in which their expressions are tried."""
+        return list(dict.fromkeys(group for _, group in self._pairs))
+
     def group_of(self, path: str) -> str | None:
         """The group of a parameter; None when no expression matches."""
         return next((group for pattern, group in self._pairs if pattern.search(path)), None)

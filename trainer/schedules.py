@@ -8,19 +8,32 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from launch.spec import ConfigError
-from trainer.optax_names import call, find_schedule, function_of, is_import_path, is_schedule
+from trainer.optax_names import (
+    call,
+    find_schedule,
+    function_of,
+    import_function,
+    is_import_path,
+    is_schedule,
+)
 
 Schedule = Callable[[Any], Any]  # Count of updates before a step -> value.
 
 
 def is_schedule_section(value: Any) -> bool:
-    """Whether a section can only be meant as a schedule: one entry, named like one."""
+    """Whether a section can only be meant as a schedule: one entry, which names a function."""
     if not isinstance(value, Mapping) or len(value) != 1:
         return False
-    (name,) = value
-    return is_schedule(name) or is_import_path(name)
+    ((name, arguments),) = value.items()
+    return is_schedule(function_of(name)) or _own(arguments)
+
+
+def _own(arguments: Any) -> bool:
+    """Whether a schedule is somebody's own, `function` being the import path of what makes it."""
+    return isinstance(arguments, Mapping) and is_import_path(arguments.get("function"))
 
 
 def make_schedule(field: str, section: Mapping[str, Any]) -> Schedule:
@@ -37,11 +50,15 @@ def make_schedule(field: str, section: Mapping[str, Any]) -> Schedule:
 
 
 def _named(field: str, entry: str, arguments: Any) -> Schedule:
-    name = entry if is_import_path(entry) else function_of(entry)
-    function = find_schedule(field, name)
+    name = function_of(entry)
+    if _own(arguments):
+        function = import_function(f"{field}.function", arguments["function"])
+        arguments = {key: value for key, value in arguments.items() if key != "function"}
+    else:
+        function = find_schedule(field, name)
     if not isinstance(arguments, Mapping):
         raise ConfigError(field, f"must be a section with the arguments of {name}", arguments)
-    if name == "join_schedules":
+    if function is optax.join_schedules:
         arguments = _joined(field, arguments)
     else:
         _check_steps(field, arguments)

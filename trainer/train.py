@@ -146,6 +146,7 @@ def make_reporter(
         log_every_steps=spec.log_every_steps,
         num_steps=spec.num_steps,
         learning_rate=optimizer.learning_rate,
+        group_rates={name: rate for name, rate in optimizer.learning_rates.items() if name},
         max_skipped=optimizer.skip.max_in_a_row if optimizer.skip else None,
     )
 

@@ -10,13 +10,12 @@ from flax import nnx
 from jax import monitoring
 
 from launch.spec import MeshSpec
+from trainer.evaluate import compile_eval_step, make_eval_step
 from trainer.mesh import batch_sharding, make_mesh
 from trainer.sharding import make_rules
 from trainer.state import init_state, make_layout
 from trainer.step import (
-    compile_eval_step,
     compile_train_step,
-    make_eval_step,
     make_train_step,
 )
 from trainer.task import Loss, Task
