@@ -150,7 +150,7 @@ def aligned(
         param has the columns, its `v_row` the rows.
     """
     n, m = len(shape), len(param_shape)
-    if n == m:  # SM3: one dim kept, the others of length 1.
+    if n == m:  # GaLore: one dim of the param's length, the other of its rank.
         return [d if shape[d] == param_shape[d] and shape[d] > 1 else None for d in range(n)]
     if n > m and tuple(shape[n - m :]) == tuple(param_shape):  # L-BFGS: a history of params.
         return [None] * (n - m) + list(range(m))
