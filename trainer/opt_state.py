@@ -131,7 +131,7 @@ def spec_of_state(leaf: Any, param: ParamLayout | None, path: str, how: StateRul
         return split_more(shape, P(), ("fsdp", *how.axes), how.mesh)
     if shape == param.shape:
         return param.spec
-    dims = aligned(shape, param.shape, from_end="col" in path.lower())
+    dims = aligned(shape, param.shape, from_end="v_col" in path.split("."))
     spec = [*param.spec, *[None] * (len(param.shape) - len(param.spec))]
     kept = P(*[None if dim is None else spec[dim] for dim in dims])
     # An axis whose dim is not there may split another one.
