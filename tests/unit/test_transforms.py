@@ -104,6 +104,8 @@ def test_a_spike_of_the_gradient_norm_is_left_out_too():
     assert int(descent.state.spikes) == 1
     descent.step(optax.tree.scale(1.05, GRADS), value=1.0)  # A hundredth of the mean per sigma.
     assert int(descent.state.spikes) == 1
+    descent.step(optax.tree.scale(jnp.inf, GRADS), value=1.0)  # Counted once, as not finite.
+    assert [int(descent.state.spikes), int(descent.state.nonfinite)] == [1, 1]
 
 
 def test_the_average_of_the_params_is_an_exponential_one_of_those_after_each_update():
@@ -129,6 +131,15 @@ def test_small_updates_add_up_in_master_weights_and_are_lost_without():
     assert mastered.params["w"].dtype == jnp.bfloat16
     np.testing.assert_allclose(mastered.state.master["w"], 0.99, rtol=1e-5)
     assert same(mastered.params["w"], mastered.state.master["w"].astype(jnp.bfloat16))
+
+
+def test_the_inner_transformation_sees_the_master_weights():
+    inner = optax.chain(optax.add_decayed_weights(1.0), optax.sgd(1.9e-3))
+    descent = Descent(master_weights(inner, jnp.float32), {"w": jnp.ones(3, jnp.bfloat16)})
+    for _ in range(2):
+        descent.step({"w": jnp.zeros(3, jnp.bfloat16)})
+        # The first step is rounded away in the params: decay of these would be the larger.
+    np.testing.assert_allclose(descent.state.master["w"], (1 - 1.9e-3) ** 2, rtol=1e-6)
 
 
 def test_lookahead_keeps_the_slow_params_that_optax_would_have_its_caller_keep():
