@@ -50,7 +50,6 @@ def get_config(schedule: str = "one_cycle") -> ConfigDict:
 
     config.sharding = ConfigDict()
     config.sharding.rules = ()  # pairs (logical axis, mesh axis) over the built-in table
-    config.sharding.optimizer_axes = ()  # ("data",) splits the optimizer's state over it as well
     config.sharding.max_replicated_bytes = placeholder(int)  # no limit
 
     config.checkpoint = ConfigDict()
@@ -62,5 +61,4 @@ def get_config(schedule: str = "one_cycle") -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every_steps = 50
     config.eval.num_batches = 2  # all held-out images
-    config.eval.params = "params"  # or what the optimizer keeps: ema, schedule_free, lookahead
     return config

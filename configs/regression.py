@@ -56,7 +56,6 @@ def get_config(schedule: str = "warmup_cosine") -> ConfigDict:
 
     config.sharding = ConfigDict()
     config.sharding.rules = ()  # pairs (logical axis, mesh axis) over the built-in table
-    config.sharding.optimizer_axes = ()  # ("data",) splits the optimizer's state over it as well
     config.sharding.max_replicated_bytes = placeholder(int)  # no limit
 
     config.checkpoint = ConfigDict()
@@ -68,5 +67,4 @@ def get_config(schedule: str = "warmup_cosine") -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every_steps = 200
     config.eval.num_batches = 8  # all held-out rows
-    config.eval.params = "params"  # or what the optimizer keeps: ema, schedule_free, lookahead
     return config

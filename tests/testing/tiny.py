@@ -36,9 +36,9 @@ def get_config(task: str = "lm") -> ConfigDict:
     config.optimizer.clip_by_global_norm = ConfigDict({"max_norm": 1.0})
     config.optimizer.adamw = ConfigDict({"learning_rate": 1e-2, "weight_decay": 0.1})
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "dcn_data": 1, "dcn_fsdp": 1})
-    config.sharding = ConfigDict({"rules": (), "optimizer_axes": ()})
+    config.sharding = ConfigDict({"rules": ()})
     config.checkpoint = ConfigDict({"every_steps": 0, "every_seconds": 0.0, "keep_last": 3})
-    config.eval = ConfigDict({"every_steps": 0, "num_batches": 2, "params": "params"})
+    config.eval = ConfigDict({"every_steps": 0, "num_batches": 2})
     if task == "lm":
         config.task = "trainer.tasks.language_model:LanguageModel"
         config.model = ConfigDict({"vocab_size": 256, "dim": 32, "num_layers": 2, "mlp_dim": 64})
