@@ -129,10 +129,10 @@ def test_describe_refuses_in_one_line(arguments, message, tmp_path):
 
 
 def test_describe_needs_no_accelerator_even_where_jax_is_told_to_use_one(tmp_path):
-    flags = ["--num_devices=512", "--config.global_batch_size=512"]
-    done = describe(CONFIG, *flags, folder=tmp_path, JAX_PLATFORMS="tpu")
+    config = f"--config={tiny.ROOT}/configs/regression.py"  # It has schedules to evaluate.
+    done = describe(config, "--num_devices=256", folder=tmp_path, JAX_PLATFORMS="tpu")
     assert done.returncode == 0, done.stderr
-    assert "state on mesh data=512 fsdp=1 tensor=1" in done.stdout
+    assert "state on mesh data=256 fsdp=1 tensor=1" in done.stdout
 
 
 @pytest.mark.parametrize(
