@@ -13,13 +13,14 @@ from trainer import optax_adapters, param_paths
 from trainer.optax_names import (
     bound,
     call,
+    check_values,
     find_transformation,
     function_of,
     import_function,
     is_import_path,
 )
 from trainer.param_paths import Choice, Groups
-from trainer.schedules import Schedule, is_schedule_section, make_schedule
+from trainer.schedules import Schedule, make_schedule
 
 _DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")
 _GROUPED = ("partition", "multi_transform")
@@ -85,14 +86,19 @@ class ChainBuilder:
             rule = "must be a tuple of Optax names, e.g. ('adamw',)"
             raise ConfigError(f"{field}.chain", rule, names)
         if len(set(names)) != len(names):
-            rule = "a name comes twice; give one a label, scale@last, and its section that name"
+            twice = next(name for name in names if names.count(name) > 1)
+            label = f"{function_of(twice)}@last"
+            rule = f"{twice!r} comes twice; call one {label!r}, say, and its section too"
             raise ConfigError(f"{field}.chain", rule, names)
         for name in names:
             find_transformation(f"{field}.chain", function_of(name))
-        for name in section:
-            if name not in ("chain", *names, *also):
+        for name, value in section.items():
+            # A command line cannot take a section of the file out, but it can set it to None.
+            if name not in ("chain", *names, *also) and value is not None:
                 guess = closest(name, [*names, *also])
-                raise ConfigError(f"{field}.{name}", f"not in the chain; {guess}")
+                guess = guess if guess.startswith("did you mean") else "put it there,"
+                rule = f"not in the chain {names}; {guess} or take it out: {field}.{name}=None"
+                raise ConfigError(f"{field}.{name}", rule)
         if names == ("set_to_zero",):
             self.facts.frozen.append(scope)
         return optax.chain(
@@ -123,7 +129,7 @@ class ChainBuilder:
             made = made.gradient_transformation()
         if not isinstance(made, optax.GradientTransformation):
             raise ConfigError(named_in, f"optax.{name} does not make a gradient transformation")
-        return optax_adapters.adapted(name, made)
+        return optax_adapters.blaming(field, optax_adapters.adapted(name, made))
 
     def injected(
         self, field: str, function: Callable[..., Any], section: Mapping[str, Any], scope: Choice
@@ -136,7 +142,7 @@ class ChainBuilder:
             raise ConfigError(field, rule, inner)
         ((name, arguments),) = inner.items()
         factory = find_transformation(field, name)
-        arguments = self.arguments(f"{field}.{name}", factory, arguments, scope)
+        arguments = self.arguments(f"{field}.{name}", factory, arguments, scope, scheduled=True)
         # Optax would take a mask's function for a schedule.
         static = {*section.get("static_args", ())} | {k for k in arguments if k.endswith("mask")}
         outer = {**section, "inner_factory": factory, "static_args": tuple(sorted(static))}
@@ -145,10 +151,19 @@ class ChainBuilder:
         return call(f"{field}.{name}", made, arguments)
 
     def arguments(
-        self, field: str, function: Callable[..., Any], section: Mapping[str, Any], scope: Choice
+        self,
+        field: str,
+        function: Callable[..., Any],
+        section: Mapping[str, Any],
+        scope: Choice,
+        scheduled: bool = False,
     ) -> dict[str, Any]:
-        """A section's values as Optax wants them, and notes of what they mean."""
+        """A section's values as Optax wants them, and notes of what they mean.
+
+        `scheduled` says that every number may be a schedule.
+        """
         values = bound(field, function, section)
+        check_values(field, function, section, scheduled)
         name = function.__name__
         masks = {
             key: param_paths.any_of(self.patterns(f"{field}.{key}", values[key]))
@@ -184,7 +199,7 @@ class ChainBuilder:
         if isinstance(value, Mapping):
             if "chain" in value:
                 return self.chain(field, value, scope)
-            if not is_schedule_section(value) and all(str(key).isdigit() for key in value):
+            if value and all(str(key).isdigit() for key in value):
                 return {int(key): item for key, item in value.items()}
             schedule = make_schedule(field, value)
             self.schedules.append((field, schedule))

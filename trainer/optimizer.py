@@ -16,6 +16,7 @@ import optax
 from launch.spec import ConfigError, build
 from trainer import param_paths, transforms
 from trainer.chain import ChainBuilder, Facts
+from trainer.optax_names import in_a_line, is_dtype
 from trainer.schedules import Schedule
 
 FIELD = "config.optimizer"
@@ -73,7 +74,8 @@ def make_optimizer(config: Mapping[str, Any]) -> Optimizer:
         tx = transforms.master_weights(tx, _dtype(f"{FIELD}.master_dtype", dtype))
     if (decay := config.get("ema_decay")) is not None:
         if not isinstance(decay, float) or not 0 < decay < 1:
-            raise ConfigError(f"{FIELD}.ema_decay", "must be a number between 0 and 1", decay)
+            rule = "must be above 0 and below 1, e.g. 0.999; None for no average"
+            raise ConfigError(f"{FIELD}.ema_decay", rule, decay)
         tx = transforms.average_params(tx, decay)
     skip = None
     if config.get("skip") is not None:
@@ -104,8 +106,8 @@ def check_update(tx: optax.GradientTransformation, params: Any) -> None:
     except ConfigError:
         raise
     except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        raise ConfigError(FIELD, f"Optax cannot update these parameters: {what}") from error
+        rule = f"Optax cannot update these parameters: {in_a_line(error)}"
+        raise ConfigError(FIELD, rule) from error
     if jax.tree.structure(before) != jax.tree.structure(after):
         raise ConfigError(FIELD, "the first update would change the structure of its state")
     for (path, old), new in zip(
@@ -121,7 +123,6 @@ def check_update(tx: optax.GradientTransformation, params: Any) -> None:
 
 
 def _dtype(field: str, name: Any) -> Any:
-    try:
-        return jnp.dtype(name)
-    except TypeError:
-        raise ConfigError(field, "not a dtype; e.g. 'float32'", name) from None
+    if not is_dtype(name) or not jnp.issubdtype(jnp.dtype(name), jnp.floating):
+        raise ConfigError(field, "must be a dtype of real numbers, e.g. 'float32'", name)
+    return jnp.dtype(name)
