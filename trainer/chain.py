@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
@@ -34,23 +34,31 @@ class Facts:
       decays: choices of the parameters whose weights decay, one per transformation that does it.
       groups: (which parameters get here, their groups), outermost first.
       frozen: choices of the parameters that are not trained.
-      checks: to be called with the paths of all parameters.
+      checks: to be called with the paths of all parameters; each may return a remark.
+      ndims: number of dims of every parameter, once `check` has been told.
     """
 
     decays: list[Choice] = dataclasses.field(default_factory=list)
     groups: list[tuple[Choice, Groups]] = dataclasses.field(default_factory=list)
     frozen: list[Choice] = dataclasses.field(default_factory=list)
-    checks: list[Callable[[list[str]], None]] = dataclasses.field(default_factory=list)
+    checks: list[Callable[[list[str]], str | None]] = dataclasses.field(default_factory=list)
+    ndims: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def check(self, paths: Iterable[str]) -> None:
+    def check(self, ndims: Mapping[str, int]) -> list[str]:
         """Refuse expressions and groups that do not fit a model's parameters.
+
+        Args:
+          ndims: number of dims of every parameter, by path.
+
+        Returns:
+          Remarks about what fits and looks like a mistake.
 
         Raises:
           ConfigError: it lists paths.
         """
-        paths = list(paths)
-        for check in self.checks:
-            check(paths)
+        self.ndims.update(ndims)
+        remarks = [check(list(ndims)) for check in self.checks]
+        return [remark for remark in remarks if remark]
 
     def decayed(self, path: str) -> bool:
         """Whether some transformation decays this parameter's weights."""
@@ -191,7 +199,10 @@ class ChainBuilder:
         if self.group not in self.learning_rates and values.get("learning_rate") is not None:
             rate = made.get("learning_rate", values["learning_rate"])
             self.learning_rates[self.group] = rate if callable(rate) else lambda step: rate
-        self.decay(field, values, masks, made, scope)
+        if name == "muon":
+            self.decay_by_muon(field, values, masks, made, scope)
+        else:
+            self.decay(field, values, masks, made, scope)
         return made
 
     def value(self, field: str, value: Any, scope: Choice) -> Any:
@@ -257,6 +268,24 @@ class ChainBuilder:
             choice = _both(choice, lambda path: not spared(path))
             made[mask] = param_paths.as_mask(choice)
         self.facts.decays.append(choice)
+
+    def decay_by_muon(
+        self,
+        field: str,
+        values: Mapping[str, Any],
+        masks: Mapping[str, Choice],
+        made: dict[str, Any],
+        scope: Choice,
+    ) -> None:
+        """`decay` for Muon, which leaves what is no matrix to an Adam with a decay of its own."""
+        ndims = self.facts.ndims
+        # Whoever says by a function what is a matrix is taken to mean all of them.
+        every = values["muon_weight_dimension_numbers"] is not None
+        matrices = _both(scope, lambda path: every or ndims.get(path) == 2)
+        others = _both(scope, lambda path: every or ndims.get(path) != 2)
+        own = {key: value for key, value in values.items() if key != "adam_weight_decay"}
+        self.decay(field, own, masks, made, matrices)
+        self.decay(field, {"adam_weight_decay": values["adam_weight_decay"]}, {}, made, others)
 
 
 def _both(first: Choice, second: Choice) -> Choice:

@@ -83,7 +83,8 @@ def describe(spec: TrainSpec, fold: bool = True) -> str:
         shown = ", ".join(f"{float(rate(n)):.3g} at {n}" for n in steps)
         of = f" of {group}" if group else ""
         lines.append(f"learning rate{of}, by updates done: {shown}")
-    lines += [prepared.ledger.as_text(), *remarks(prepared.optimizer.schedules, spec.num_steps)]
+    lines += [prepared.ledger.as_text(), *prepared.remarks]
+    lines += remarks(prepared.optimizer.schedules, spec.num_steps)
     return "\n".join(lines)
 
 

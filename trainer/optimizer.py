@@ -64,11 +64,11 @@ def make_optimizer(config: Mapping[str, Any]) -> Optimizer:
         section that the chain does not use, or what Optax itself refuses.
     """
     builder = ChainBuilder(Facts())
-    if "no_decay" in config:
+    if config.get("no_decay") is not None:
         field = f"{FIELD}.no_decay"
         patterns = param_paths.compile_patterns(field, config["no_decay"])
         builder.spared = param_paths.any_of(patterns)
-        builder.facts.checks.append(lambda paths: param_paths.check_matches(field, patterns, paths))
+        builder.facts.checks.append(lambda paths: param_paths.check_some(field, patterns, paths))
     tx = builder.chain(FIELD, config, lambda path: True, also=_AROUND)
     if (dtype := config.get("master_dtype")) is not None:
         tx = transforms.master_weights(tx, _dtype(f"{FIELD}.master_dtype", dtype))

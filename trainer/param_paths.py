@@ -147,6 +147,19 @@ def check_matches(field: str, patterns: Iterable[re.Pattern[str]], paths: Iterab
             raise ConfigError(field, f"{pattern.pattern!r} matches no parameter; {there}")
 
 
+def check_some(field: str, patterns: Sequence[re.Pattern[str]], paths: Iterable[str]) -> str | None:
+    """Refuse expressions none of which matches a parameter; remark on those that do not.
+
+    Raises:
+      ConfigError: with the closest name in a path, or some paths there are.
+    """
+    paths = list(paths)
+    idle = [p.pattern for p in patterns if not any(p.search(path) for path in paths)]
+    if len(idle) == len(patterns):
+        check_matches(field, patterns, paths)
+    return f"note: {field}: {', '.join(map(repr, idle))} matches no parameter" if idle else None
+
+
 def folded(paths: Iterable[str]) -> dict[str, list[str]]:
     """Paths that differ in their numbers alone as one: `layers.0-3.mlp.up` and its four paths.
 

@@ -100,6 +100,20 @@ def test_no_decay_and_masks_are_told():
     assert rest[0].endswith("26,784 are trained, 18,432 are decayed")
 
 
+def test_an_expression_of_no_decay_that_matches_nothing_is_remarked_on_when_others_do():
+    _, rest = described_by("--config.optimizer.no_decay=('norm', 'bias')")
+    assert "note: config.optimizer.no_decay: 'bias' matches no parameter" in rest
+
+
+def test_muon_decays_matrices_and_its_adam_the_rest():
+    muon = {"learning_rate": 0.1, "weight_decay": 0.1}
+    adam = {**muon, "weight_decay": 0.0, "adam_weight_decay": 0.1}
+    for arguments, matrix, vector in [(muon, "yes", "no"), (adam, "no", "yes")]:
+        rows, _ = described_by(*optimizer({"chain": ("muon",), "muon": arguments}))
+        assert rows["embedding_VD"]["decayed"] == matrix
+        assert rows["norm.scale_D"]["decayed"] == vector
+
+
 def test_state_of_another_shape_dtype_or_layout_is_told_with_it():
     adafactor = {"learning_rate": 0.1, "min_dim_size_to_factor": 4, "momentum": 0.9}
     adafactor["dtype_momentum"] = "bfloat16"

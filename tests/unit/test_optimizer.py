@@ -418,7 +418,7 @@ MISTAKES = {
         "adamw.mask=('(',): not a regular expression: missing ), unte",
     ),
     "no_decay of nothing": (
-        {**adamw(), "no_decay": ("bias", "nrom")},
+        {**adamw(), "no_decay": ("nrom", "bais")},
         "no_decay: 'nrom' matches no parameter; did you mean 'norm'?",
     ),
     "no_decay that cannot be kept": (
