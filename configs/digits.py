@@ -11,7 +11,6 @@ Other schedules: `--config=configs/digits.py:warmup_cosine`, or `warmup_stable_d
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from configs import schedules
 
@@ -41,22 +40,9 @@ def get_config(schedule: str = "one_cycle") -> ConfigDict:
     config.optimizer.adamw.learning_rate = schedules.by_name(schedule, 1e-2, config.num_steps)
     config.optimizer.no_decay = ("norm", "bias")  # a parameter whose path has one of these
 
-    config.mesh = ConfigDict()
-    config.mesh.data = -1  # what the other sizes leave of the devices
-    config.mesh.fsdp = 1
-    config.mesh.tensor = 1
-    config.mesh.dcn_data = 1  # slices
-    config.mesh.dcn_fsdp = 1
-
-    config.sharding = ConfigDict()
-    config.sharding.rules = ()  # pairs (logical axis, mesh axis) over the built-in table
-    config.sharding.max_replicated_bytes = placeholder(int)  # no limit
-
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 50
-    config.checkpoint.every_seconds = 0.0  # 0: off
     config.checkpoint.keep_last = 2
-    config.checkpoint.keep_every_steps = 0  # 0: off
 
     config.eval = ConfigDict()
     config.eval.every_steps = 50

@@ -10,7 +10,6 @@ Other schedules of the learning rates: `--config=configs/regression.py:one_cycle
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from configs import schedules
 
@@ -20,7 +19,6 @@ def get_config(schedule: str = "warmup_cosine") -> ConfigDict:
     config.seed = 0
     config.num_steps = 400
     config.global_batch_size = 256  # rows per update, over all processes
-    config.num_microbatches = 1  # parts of a batch whose gradients are accumulated
     config.log_every_steps = 20
     config.task = "trainer.tasks.regression:Regression"
 
@@ -47,22 +45,9 @@ def get_config(schedule: str = "warmup_cosine") -> ConfigDict:
     config.optimizer.partition.param_labels = ((r"bias$", "biases"), (r".*", "kernels"))
     config.optimizer.partition.transforms = ConfigDict({"biases": biases, "kernels": kernels})
 
-    config.mesh = ConfigDict()
-    config.mesh.data = -1  # what the other sizes leave of the devices
-    config.mesh.fsdp = 1
-    config.mesh.tensor = 1
-    config.mesh.dcn_data = 1  # slices
-    config.mesh.dcn_fsdp = 1
-
-    config.sharding = ConfigDict()
-    config.sharding.rules = ()  # pairs (logical axis, mesh axis) over the built-in table
-    config.sharding.max_replicated_bytes = placeholder(int)  # no limit
-
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 200
-    config.checkpoint.every_seconds = 0.0  # 0: off
     config.checkpoint.keep_last = 2
-    config.checkpoint.keep_every_steps = 0  # 0: off
 
     config.eval = ConfigDict()
     config.eval.every_steps = 200

@@ -57,9 +57,9 @@ def warmup_stable_decay(
 def inverse_sqrt(peak: float, num_steps: int, warmup_steps: int | None = None) -> ConfigDict:
     """Linearly from 0 to `peak`, then as 1 / sqrt(step): whatever `num_steps`."""
     warmup_steps = _tenth(num_steps) if warmup_steps is None else warmup_steps
-    return imported(
-        "configs.schedules:inverse_sqrt_schedule", peak_value=peak, warmup_steps=warmup_steps
-    )
+    arguments = ConfigDict({"peak_value": peak, "warmup_steps": warmup_steps})
+    arguments.function = "configs.schedules:inverse_sqrt_schedule"  # Optax 0.2.8 has none.
+    return ConfigDict({"inverse_sqrt": arguments})
 
 
 def one_cycle(peak: float, num_steps: int) -> ConfigDict:
@@ -90,12 +90,6 @@ def inverse_sqrt_schedule(peak_value: float, warmup_steps: int) -> Callable[[Any
         return peak_value * jnp.minimum(rising, falling)
 
     return schedule
-
-
-def imported(path: str, **arguments: Any) -> ConfigDict:
-    """A schedule of one's own: `path`, written package.module:function, makes it."""
-    # A ConfigDict takes a key with a dot in it only when it is told so.
-    return ConfigDict({path: ConfigDict(arguments)}, allow_dotted_keys=True)
 
 
 def by_name(name: str, peak: float, num_steps: int) -> ConfigDict:

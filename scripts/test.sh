@@ -10,6 +10,7 @@ scripts/setup_env.sh .venv test
 .venv/bin/ruff check --quiet .
 .venv/bin/mypy
 if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
-# The unit tests run on two cores at once; those that start gangs need both cores for each.
+# The first two run on two cores at once; tests that start gangs need both cores for each.
 .venv/bin/python -m pytest -q -n 2 tests/unit
-.venv/bin/python -m pytest --durations=15 --ignore=tests/unit
+.venv/bin/python -m pytest -q -n 2 tests/transformations
+.venv/bin/python -m pytest --durations=15 --ignore=tests/unit --ignore=tests/transformations

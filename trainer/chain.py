@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
@@ -13,13 +13,14 @@ from trainer import optax_adapters, param_paths
 from trainer.optax_names import (
     bound,
     call,
+    check_values,
     find_transformation,
     function_of,
     import_function,
     is_import_path,
 )
 from trainer.param_paths import Choice, Groups
-from trainer.schedules import Schedule, is_schedule_section, make_schedule
+from trainer.schedules import Schedule, make_schedule
 
 _DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")
 _GROUPED = ("partition", "multi_transform")
@@ -33,23 +34,31 @@ class Facts:
       decays: choices of the parameters whose weights decay, one per transformation that does it.
       groups: (which parameters get here, their groups), outermost first.
       frozen: choices of the parameters that are not trained.
-      checks: to be called with the paths of all parameters.
+      checks: to be called with the paths of all parameters; each may return a remark.
+      ndims: number of dims of every parameter, once `check` has been told.
     """
 
     decays: list[Choice] = dataclasses.field(default_factory=list)
     groups: list[tuple[Choice, Groups]] = dataclasses.field(default_factory=list)
     frozen: list[Choice] = dataclasses.field(default_factory=list)
-    checks: list[Callable[[list[str]], None]] = dataclasses.field(default_factory=list)
+    checks: list[Callable[[list[str]], str | None]] = dataclasses.field(default_factory=list)
+    ndims: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def check(self, paths: Iterable[str]) -> None:
+    def check(self, ndims: Mapping[str, int]) -> list[str]:
         """Refuse expressions and groups that do not fit a model's parameters.
+
+        Args:
+          ndims: number of dims of every parameter, by path.
+
+        Returns:
+          Remarks about what fits and looks like a mistake.
 
         Raises:
           ConfigError: it lists paths.
         """
-        paths = list(paths)
-        for check in self.checks:
-            check(paths)
+        self.ndims.update(ndims)
+        remarks = [check(list(ndims)) for check in self.checks]
+        return [remark for remark in remarks if remark]
 
     def decayed(self, path: str) -> bool:
         """Whether some transformation decays this parameter's weights."""
@@ -70,7 +79,8 @@ class ChainBuilder:
 
     facts: Facts
     spared: Choice | None = None  # By `no_decay`.
-    learning_rate: Schedule | None = None
+    group: str = ""  # Of the chain that is being built.
+    learning_rates: dict[str, Schedule] = dataclasses.field(default_factory=dict)
     schedules: list[tuple[str, Schedule]] = dataclasses.field(default_factory=list)
 
     def chain(
@@ -84,14 +94,19 @@ class ChainBuilder:
             rule = "must be a tuple of Optax names, e.g. ('adamw',)"
             raise ConfigError(f"{field}.chain", rule, names)
         if len(set(names)) != len(names):
-            rule = "a name comes twice; give one a label, scale@last, and its section that name"
+            twice = next(name for name in names if names.count(name) > 1)
+            label = f"{function_of(twice)}@last"
+            rule = f"{twice!r} comes twice; call one {label!r}, say, and its section too"
             raise ConfigError(f"{field}.chain", rule, names)
         for name in names:
             find_transformation(f"{field}.chain", function_of(name))
-        for name in section:
-            if name not in ("chain", *names, *also):
+        for name, value in section.items():
+            # A command line cannot take a section of the file out, but it can set it to None.
+            if name not in ("chain", *names, *also) and value is not None:
                 guess = closest(name, [*names, *also])
-                raise ConfigError(f"{field}.{name}", f"not in the chain; {guess}")
+                guess = guess if guess.startswith("did you mean") else "put it there,"
+                rule = f"not in the chain {names}; {guess} or take it out: {field}.{name}=None"
+                raise ConfigError(f"{field}.{name}", rule)
         if names == ("set_to_zero",):
             self.facts.frozen.append(scope)
         return optax.chain(
@@ -122,7 +137,7 @@ class ChainBuilder:
             made = made.gradient_transformation()
         if not isinstance(made, optax.GradientTransformation):
             raise ConfigError(named_in, f"optax.{name} does not make a gradient transformation")
-        return optax_adapters.adapted(name, made)
+        return optax_adapters.blaming(field, optax_adapters.adapted(name, made))
 
     def injected(
         self, field: str, function: Callable[..., Any], section: Mapping[str, Any], scope: Choice
@@ -135,7 +150,7 @@ class ChainBuilder:
             raise ConfigError(field, rule, inner)
         ((name, arguments),) = inner.items()
         factory = find_transformation(field, name)
-        arguments = self.arguments(f"{field}.{name}", factory, arguments, scope)
+        arguments = self.arguments(f"{field}.{name}", factory, arguments, scope, scheduled=True)
         # Optax would take a mask's function for a schedule.
         static = {*section.get("static_args", ())} | {k for k in arguments if k.endswith("mask")}
         outer = {**section, "inner_factory": factory, "static_args": tuple(sorted(static))}
@@ -144,10 +159,19 @@ class ChainBuilder:
         return call(f"{field}.{name}", made, arguments)
 
     def arguments(
-        self, field: str, function: Callable[..., Any], section: Mapping[str, Any], scope: Choice
+        self,
+        field: str,
+        function: Callable[..., Any],
+        section: Mapping[str, Any],
+        scope: Choice,
+        scheduled: bool = False,
     ) -> dict[str, Any]:
-        """A section's values as Optax wants them, and notes of what they mean."""
+        """A section's values as Optax wants them, and notes of what they mean.
+
+        `scheduled` says that every number may be a schedule.
+        """
         values = bound(field, function, section)
+        check_values(field, function, section, scheduled)
         name = function.__name__
         masks = {
             key: param_paths.any_of(self.patterns(f"{field}.{key}", values[key]))
@@ -172,10 +196,13 @@ class ChainBuilder:
                 pass  # With `transforms`.
             else:
                 made[key] = self.value(f"{field}.{key}", value, inner)
-        if self.learning_rate is None and values.get("learning_rate") is not None:
+        if self.group not in self.learning_rates and values.get("learning_rate") is not None:
             rate = made.get("learning_rate", values["learning_rate"])
-            self.learning_rate = rate if callable(rate) else lambda step: rate
-        self.decay(field, values, masks, made, scope)
+            self.learning_rates[self.group] = rate if callable(rate) else lambda step: rate
+        if name == "muon":
+            self.decay_by_muon(field, values, masks, made, scope)
+        else:
+            self.decay(field, values, masks, made, scope)
         return made
 
     def value(self, field: str, value: Any, scope: Choice) -> Any:
@@ -183,7 +210,7 @@ class ChainBuilder:
         if isinstance(value, Mapping):
             if "chain" in value:
                 return self.chain(field, value, scope)
-            if not is_schedule_section(value) and all(str(key).isdigit() for key in value):
+            if value and all(str(key).isdigit() for key in value):
                 return {int(key): item for key, item in value.items()}
             schedule = make_schedule(field, value)
             self.schedules.append((field, schedule))
@@ -205,10 +232,12 @@ class ChainBuilder:
         def choice(name: str) -> Choice:
             return _both(scope, lambda path: groups.group_of(path) == name)
 
-        made = {
-            name: self.chain(f"{field}.transforms.{name}", group, choice(name))
-            for name, group in sections.items()
-        }
+        made, outer = {}, self.group
+        for name in groups.names:
+            self.group = f"{outer}/{name}" if outer else name
+            where = f"{field}.transforms.{name}"
+            made[name] = self.chain(where, sections[name], choice(name))
+        self.group = outer
         return {"transforms": made, "param_labels": groups}
 
     def patterns(self, field: str, value: Any) -> Any:
@@ -239,6 +268,24 @@ class ChainBuilder:
             choice = _both(choice, lambda path: not spared(path))
             made[mask] = param_paths.as_mask(choice)
         self.facts.decays.append(choice)
+
+    def decay_by_muon(
+        self,
+        field: str,
+        values: Mapping[str, Any],
+        masks: Mapping[str, Choice],
+        made: dict[str, Any],
+        scope: Choice,
+    ) -> None:
+        """`decay` for Muon, which leaves what is no matrix to an Adam with a decay of its own."""
+        ndims = self.facts.ndims
+        # Whoever says by a function what is a matrix is taken to mean all of them.
+        every = values["muon_weight_dimension_numbers"] is not None
+        matrices = _both(scope, lambda path: every or ndims.get(path) == 2)
+        others = _both(scope, lambda path: every or ndims.get(path) != 2)
+        own = {key: value for key, value in values.items() if key != "adam_weight_decay"}
+        self.decay(field, own, masks, made, matrices)
+        self.decay(field, {"adam_weight_decay": values["adam_weight_decay"]}, {}, made, others)
 
 
 def _both(first: Choice, second: Choice) -> Choice:

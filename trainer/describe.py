@@ -3,7 +3,9 @@
     python -m trainer.describe --config=FILE [--cluster=FILE | --num_devices=N] [--config.x.y=V ...]
 
 Prints a row per parameter: shape, dtype, logical axes, PartitionSpec, group, whether its weights
-decay, and the state that the optimizer keeps for it. Needs no accelerator and makes no array.
+decay, and the state that the optimizer keeps for it, with the shape, dtype and PartitionSpec in
+which that differs. Layers that are alike share a row, `layers.0-3.mlp.up`; with --nofold each has
+its own. Needs no accelerator and makes no array.
 """
 
 from __future__ import annotations
@@ -32,16 +34,20 @@ def described(argv: list[str]) -> str:
     Raises:
       ConfigError: whatever is wrong with the command line or the config.
     """
+    if "--help" in argv:
+        return (__doc__ or "").strip()
     own = flags.FlagValues()
     flags.DEFINE_integer("num_devices", None, "Devices to lay out for.", 1, flag_values=own)
+    flags.DEFINE_bool("fold", True, "One row for layers that are alike.", flag_values=own)
     from_cluster = load_config("cluster", argv[1:], required=False)
     from_config = load_config("config", from_cluster.rest)
     parse_flags([argv[0], *from_config.rest], own)
-    spec = train_spec(from_config.config)
     num_devices = own.num_devices
     if num_devices is None and from_cluster.config is not None:
         num_devices = cluster_spec(from_cluster.config).num_devices
-    return describe(spec.resolve(num_devices or _fewest_devices(spec.mesh)))
+    if num_devices is None:
+        num_devices = _fewest_devices(train_spec(from_config.config).mesh)
+    return describe(train_spec(from_config.config, num_devices), fold=own.fold)
 
 
 def _fewest_devices(mesh: MeshSpec) -> int:
@@ -49,8 +55,16 @@ def _fewest_devices(mesh: MeshSpec) -> int:
     return math.prod(size for size in sizes if size != -1)
 
 
-def describe(spec: TrainSpec) -> str:
-    """The table, what belongs to no parameter, the ledger, the learning rate, and warnings."""
+def describe(spec: TrainSpec, fold: bool = True) -> str:
+    """The table, what belongs to no parameter, the learning rates, the ledger, and warnings.
+
+    Args:
+      spec: resolved.
+      fold: whether layers that are alike share a row.
+
+    Raises:
+      ConfigError: what `prepare` refuses.
+    """
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # Schedules are evaluated; nothing else is.
@@ -61,14 +75,16 @@ def describe(spec: TrainSpec) -> str:
 
     prepared = prepare(spec, load_task(spec.task, spec.model, spec.data), abstract_mesh(spec.mesh))
     rows, others = rows_of(prepared)
-    lines = [as_table(rows), ""]
+    lines = [as_table(folded_rows(rows) if fold else rows), "", totals(prepared)]
     if others:
-        lines.append(f"state of no one parameter: {', '.join(others)}")
-    if prepared.optimizer.learning_rate is not None:
-        steps = sorted({round(share * (spec.num_steps - 1)) for share in (0, 0.1, 0.25, 0.5, 1)})
-        rates = [f"{float(prepared.optimizer.learning_rate(n)):.3g} at {n}" for n in steps]
-        lines.append(f"learning rate (count of updates before): {', '.join(rates)}")
-    lines += [prepared.ledger.as_text(), *remarks(prepared.optimizer.schedules, spec.num_steps)]
+        lines.append(f"optimizer state that belongs to no parameter: {', '.join(others)}")
+    steps = sorted({round(share * (spec.num_steps - 1)) for share in (0, 0.1, 0.25, 0.5, 1)})
+    for group, rate in prepared.optimizer.learning_rates.items():
+        shown = ", ".join(f"{float(rate(n)):.3g} at {n}" for n in steps)
+        of = f" of {group}" if group else ""
+        lines.append(f"learning rate{of}, by updates done: {shown}")
+    lines += [prepared.ledger.as_text(), *prepared.remarks]
+    lines += remarks(prepared.optimizer.schedules, spec.num_steps)
     return "\n".join(lines)
 
 
@@ -105,7 +121,7 @@ def rows_of(prepared: Any) -> tuple[list[Row], list[str]]:
         for path, variable in nnx.to_flat_state(nnx.state(model, optimizer.wrt))
     }
     paths = [param_path(path) for path in [p.split(".") for p in variables]]
-    kept: dict[str, list[str]] = {path: [] for path in paths}
+    kept: dict[str, dict[str, list[str]]] = {path: {} for path in paths}
     others = []
     prefix = "optimizer.opt_state."
     for name, entry in entries.items():
@@ -113,7 +129,8 @@ def rows_of(prepared: Any) -> tuple[list[Row], list[str]]:
             continue
         place = name.removeprefix(prefix)
         owner = owner_of(place, variables)
-        keys = [key for key in place.replace(owner or "", "").split(".") if key]
+        around = f".{place}.".rpartition(f".{owner}.") if owner else (place,)
+        keys = [key for part in around[::2] for key in part.split(".") if key]
         field = next((key for key in reversed(keys) if not key.isdigit()), place)
         if owner is None:
             others.append(f"{field}{_shape(entry.shape)}" if entry.shape else field)
@@ -128,7 +145,7 @@ def rows_of(prepared: Any) -> tuple[list[Row], list[str]]:
             )
             if not same
         ]
-        kept[owner].append(" ".join([field, *differs]))
+        kept[owner].setdefault(" ".join(differs), []).append(field)
     rows = []
     for path, variable in variables.items():
         param = entries[f"model.{path}"]
@@ -143,10 +160,45 @@ def rows_of(prepared: Any) -> tuple[list[Row], list[str]]:
                 spec=param.spec,
                 group=(facts.group(path) or "-") + (" (frozen)" if frozen else ""),
                 decayed="yes" if facts.decayed(path) else "no",
-                state="; ".join(kept[path]) or "-",
+                state="; ".join(
+                    f"{', '.join(fields)} {differs}".strip()
+                    for differs, fields in kept[path].items()
+                )
+                or "-",
             )
         )
     return rows, _counted(others)
+
+
+def folded_rows(rows: Sequence[Row]) -> list[Row]:
+    """Rows that differ in the numbers of their paths alone as one, `layers.0-3.mlp.up`."""
+    from trainer.param_paths import folded
+
+    alike: dict[Row, list[str]] = {}
+    for row in rows:
+        alike.setdefault(dataclasses.replace(row, parameter=""), []).append(row.parameter)
+    firsts = {
+        paths[0]: dataclasses.replace(row, parameter=name)
+        for row, members in alike.items()
+        for name, paths in folded(members).items()
+    }
+    return [firsts[row.parameter] for row in rows if row.parameter in firsts]
+
+
+def totals(prepared: Any) -> str:
+    """How many parameters there are, and how many numbers in them are trained and decay."""
+    facts, params = prepared.optimizer.facts, prepared.layout.params
+    sizes = {
+        entry.name.removeprefix("model."): math.prod(entry.shape)
+        for entry in prepared.ledger.entries
+        if entry.name in params
+    }
+    trained = sum(size for path, size in sizes.items() if not facts.is_frozen(path))
+    decayed = sum(size for path, size in sizes.items() if facts.decayed(path))
+    return (
+        f"{len(sizes)} parameters of {sum(sizes.values()):,} numbers: {trained:,} are trained, "
+        f"{decayed:,} are decayed"
+    )
 
 
 def as_table(rows: Sequence[Row]) -> str:

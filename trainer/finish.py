@@ -34,7 +34,8 @@ def finish(task: Task, layout: StateLayout, leaves: Leaves, params: str, seed: i
     """
     if type(task).finish is Task.finish:
         return
-    model_bytes, _ = make_ledger(layout).group_bytes()["params"]
+    groups = make_ledger(layout).group_bytes()
+    model_bytes = sum(total for name, (total, _) in groups.items() if name != "optimizer")
     if model_bytes > FINISH_BYTES:
         distributed.say(
             f"no sample: the model has {model_bytes} bytes, more than {FINISH_BYTES} on one device"

@@ -22,7 +22,7 @@ class LedgerEntry:
     """One leaf. Bytes are of the array's elements.
 
     Attributes:
-      group: `params`, `optimizer` or `rest`.
+      group: `params`, `optimizer` or `rest` (random numbers, batch statistics).
       total_bytes: of the whole array, counted once.
       device_bytes: on each device.
       missing_axes: axes with more than one device that should split the leaf and do not: those of
@@ -128,7 +128,8 @@ def make_ledger(layout: StateLayout) -> Ledger:
     for name, leaf in zip(layout.names, layout.abstract, strict=True):
         total, device = array_bytes(leaf)
         axes: tuple[str, ...] = STATE_AXES
-        if _group(name) == "optimizer":
+        group = _group(name, layout)
+        if group == "optimizer":
             axes = tuple(dict.fromkeys((*STATE_AXES, *layout.optimizer_axes)))
         missing = tuple(
             axis
@@ -141,7 +142,7 @@ def make_ledger(layout: StateLayout) -> Ledger:
         entries.append(
             LedgerEntry(
                 name=name,
-                group=_group(name),
+                group=group,
                 shape=tuple(leaf.shape),
                 dtype=str(leaf.dtype),
                 spec=_spec_text(leaf.sharding.spec),
@@ -194,10 +195,10 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def _group(name: str) -> str:
+def _group(name: str, layout: StateLayout) -> str:
     if name.startswith("optimizer."):
         return "optimizer"
-    return "rest" if ".rngs." in name else "params"
+    return "params" if name in layout.params else "rest"
 
 
 def _spec_text(spec: Any) -> str:

@@ -131,7 +131,7 @@ def spec_of_state(leaf: Any, param: ParamLayout | None, path: str, how: StateRul
         return split_more(shape, P(), ("fsdp", *how.axes), how.mesh)
     if shape == param.shape:
         return param.spec
-    dims = aligned(shape, param.shape, from_end="col" in path.lower())
+    dims = aligned(shape, param.shape, from_end="v_col" in path.split("."))
     spec = [*param.spec, *[None] * (len(param.shape) - len(param.spec))]
     kept = P(*[None if dim is None else spec[dim] for dim in dims])
     # An axis whose dim is not there may split another one.
@@ -150,7 +150,7 @@ def aligned(
         param has the columns, its `v_row` the rows.
     """
     n, m = len(shape), len(param_shape)
-    if n == m:  # SM3: one dim kept, the others of length 1.
+    if n == m:  # GaLore: one dim of the param's length, the other of its rank.
         return [d if shape[d] == param_shape[d] and shape[d] > 1 else None for d in range(n)]
     if n > m and tuple(shape[n - m :]) == tuple(param_shape):  # L-BFGS: a history of params.
         return [None] * (n - m) + list(range(m))

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from launch.spec import ConfigError
+from trainer.optax_names import in_a_line
+
 
 def adapted(name: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """The transformation that `optax.NAME` has made, as a chain can use it.
@@ -80,3 +83,24 @@ def with_slow_params(lookahead: optax.GradientTransformation) -> optax.GradientT
         return updates.fast, SlowState(optax.apply_updates(state.slow, updates.slow), inner)
 
     return optax.GradientTransformation(init, update)
+
+
+def blaming(field: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same transformation; what it refuses when it is traced, it refuses with its field.
+
+    Of transformations within each other, the innermost that fails is named.
+    """
+
+    def told(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except ConfigError:
+                raise
+            except Exception as error:
+                rule = f"Optax cannot {what} these parameters: {in_a_line(error)}"
+                raise ConfigError(field, rule) from error
+
+        return wrapped
+
+    return type(tx)(told(tx.init, "make its state for"), told(tx.update, "update"))

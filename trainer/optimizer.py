@@ -16,6 +16,7 @@ import optax
 from launch.spec import ConfigError, build
 from trainer import param_paths, transforms
 from trainer.chain import ChainBuilder, Facts
+from trainer.optax_names import in_a_line, is_dtype
 from trainer.schedules import Schedule
 
 FIELD = "config.optimizer"
@@ -30,18 +31,26 @@ class Optimizer:
 
     Attributes:
       tx: the transformation.
-      learning_rate: step -> learning rate of the first transformation that takes one; None when
-        none does.
+      learning_rates: group -> learning rate by count of updates, of the first transformation of
+        its chain that takes one; the group "" is all params.
       schedules: every schedule with its field.
       skip: which updates are left out; None for none.
       facts: about parameters.
     """
 
     tx: optax.GradientTransformation
-    learning_rate: Schedule | None
+    learning_rates: dict[str, Schedule]
     schedules: list[tuple[str, Schedule]]
     skip: transforms.SkipSpec | None
     facts: Facts
+
+    @property
+    def learning_rate(self) -> Schedule | None:
+        """The rate to name when there is to be one: of all params, or else of the last group,
+        which takes what the others left. None when no transformation takes one.
+        """
+        rates = self.learning_rates
+        return rates.get("", next(reversed(rates.values()), None))
 
 
 def make_optimizer(config: Mapping[str, Any]) -> Optimizer:
@@ -55,23 +64,24 @@ def make_optimizer(config: Mapping[str, Any]) -> Optimizer:
         section that the chain does not use, or what Optax itself refuses.
     """
     builder = ChainBuilder(Facts())
-    if "no_decay" in config:
+    if config.get("no_decay") is not None:
         field = f"{FIELD}.no_decay"
         patterns = param_paths.compile_patterns(field, config["no_decay"])
         builder.spared = param_paths.any_of(patterns)
-        builder.facts.checks.append(lambda paths: param_paths.check_matches(field, patterns, paths))
+        builder.facts.checks.append(lambda paths: param_paths.check_some(field, patterns, paths))
     tx = builder.chain(FIELD, config, lambda path: True, also=_AROUND)
     if (dtype := config.get("master_dtype")) is not None:
         tx = transforms.master_weights(tx, _dtype(f"{FIELD}.master_dtype", dtype))
     if (decay := config.get("ema_decay")) is not None:
         if not isinstance(decay, float) or not 0 < decay < 1:
-            raise ConfigError(f"{FIELD}.ema_decay", "must be a number between 0 and 1", decay)
+            rule = "must be above 0 and below 1, e.g. 0.999; None for no average"
+            raise ConfigError(f"{FIELD}.ema_decay", rule, decay)
         tx = transforms.average_params(tx, decay)
     skip = None
     if config.get("skip") is not None:
         skip = build(transforms.SkipSpec, config["skip"], f"{FIELD}.skip")
         tx = transforms.skip_bad_steps(tx, skip)
-    return Optimizer(tx, builder.learning_rate, builder.schedules, skip, builder.facts)
+    return Optimizer(tx, builder.learning_rates, builder.schedules, skip, builder.facts)
 
 
 def check_update(tx: optax.GradientTransformation, params: Any) -> None:
@@ -96,8 +106,8 @@ def check_update(tx: optax.GradientTransformation, params: Any) -> None:
     except ConfigError:
         raise
     except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        raise ConfigError(FIELD, f"Optax cannot update these parameters: {what}") from error
+        rule = f"Optax cannot update these parameters: {in_a_line(error)}"
+        raise ConfigError(FIELD, rule) from error
     if jax.tree.structure(before) != jax.tree.structure(after):
         raise ConfigError(FIELD, "the first update would change the structure of its state")
     for (path, old), new in zip(
@@ -113,7 +123,6 @@ def check_update(tx: optax.GradientTransformation, params: Any) -> None:
 
 
 def _dtype(field: str, name: Any) -> Any:
-    try:
-        return jnp.dtype(name)
-    except TypeError:
-        raise ConfigError(field, "not a dtype; e.g. 'float32'", name) from None
+    if not is_dtype(name) or not jnp.issubdtype(jnp.dtype(name), jnp.floating):
+        raise ConfigError(field, "must be a dtype of real numbers, e.g. 'float32'", name)
+    return jnp.dtype(name)

@@ -19,11 +19,12 @@ from trainer.task import Task
 
 
 class Prepared(NamedTuple):
-    """The optimizer, the layout of the train state, and what the state costs."""
+    """The optimizer, the layout of the train state, what the state costs, and lines to remark."""
 
     optimizer: Optimizer
     layout: StateLayout
     ledger: Ledger
+    remarks: list[str]
 
 
 def prepare(spec: TrainSpec, task: Task, mesh: Mesh) -> Prepared:
@@ -42,7 +43,7 @@ def prepare(spec: TrainSpec, task: Task, mesh: Mesh) -> Prepared:
     optimizer = make_optimizer(spec.optimizer)
     axes = spec.sharding.optimizer_axes
     layout = make_layout(task, optimizer.tx, mesh, rules, spec.seed, optimizer_axes=axes)
-    check_optimizer(optimizer, layout)
+    remarks = check_optimizer(optimizer, layout)
     if spec.eval.every_steps:
         which = spec.eval.params
         jax.eval_shape(
@@ -50,11 +51,14 @@ def prepare(spec: TrainSpec, task: Task, mesh: Mesh) -> Prepared:
         )
     ledger = make_ledger(layout)
     check_replication(ledger, spec.sharding.max_replicated_bytes)
-    return Prepared(optimizer, layout, ledger)
+    return Prepared(optimizer, layout, ledger, remarks)
 
 
-def check_optimizer(optimizer: Optimizer, layout: StateLayout) -> None:
+def check_optimizer(optimizer: Optimizer, layout: StateLayout) -> list[str]:
     """Find what is wrong between an optimizer and a model.
+
+    Returns:
+      Remarks about what is allowed and looks like a mistake.
 
     Raises:
       ConfigError: expressions that match nothing, parameters without a group, or an update that
@@ -63,5 +67,6 @@ def check_optimizer(optimizer: Optimizer, layout: StateLayout) -> None:
     model, state = layout.merge(layout.abstract)
     params = nnx.as_pure(nnx.state(model, state.wrt))
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    optimizer.facts.check(param_path(path) for path, _ in leaves)
+    remarks = optimizer.facts.check({param_path(path): leaf.ndim for path, leaf in leaves})
     check_update(optimizer.tx, params)
+    return remarks

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ class Reporter:
       log_every_steps: which steps are logged; `num_steps` is logged too.
       num_steps: of the run.
       learning_rate: count of updates before a step -> the rate it used; None if not known.
+      group_rates: such functions by group of params, logged as `learning_rate/GROUP`.
       max_skipped: so many steps in a row left out end the run; None where none are left out.
       clock: seconds that only grow.
     """
@@ -44,6 +46,7 @@ class Reporter:
         log_every_steps: int,
         num_steps: int,
         learning_rate: Callable[[int], Any] | None,
+        group_rates: Mapping[str, Callable[[int], Any]] = MappingProxyType({}),
         max_skipped: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -52,6 +55,7 @@ class Reporter:
         self._log_every = log_every_steps
         self._num_steps = num_steps
         self._learning_rate = learning_rate
+        self._group_rates = group_rates
         self._max_skipped = max_skipped
         self._clock = clock
         self._pending: list[tuple[int, Any]] = []  # Dispatched, not yet read.
@@ -158,6 +162,7 @@ class Reporter:
         metrics = self._read()
         rates = self._throughput.measure(step, self._wait_seconds, self._saving_seconds)
         loss = float(metrics["loss"])
+        count = _updates_before(step, metrics)
         report_progress(step, "step", loss=loss)
         if self._output:
             wait, saving = self._logged
@@ -168,22 +173,26 @@ class Reporter:
                 {
                     "loss": loss,
                     "grad_norm": float(metrics["grad_norm"]),
-                    "learning_rate": self._rate(_updates_before(step, metrics)),
+                    "learning_rate": self._rate(self._learning_rate, count),
                     "tokens_per_second": rates.tokens_per_second if rates else None,
                     "step_seconds": rates.step_seconds if rates else None,
                     "data_wait_seconds": self._wait_seconds - wait,
                     "checkpoint_blocking_seconds": self._saving_seconds - saving,
                     "mfu": rates.mfu if rates else None,
+                    **{
+                        f"learning_rate/{group}": self._rate(rate, count)
+                        for group, rate in self._group_rates.items()
+                    },
                     **{name: int(metrics[name]) for name in _SKIPS if name in metrics},
                 },
             )
         self._logged = (self._wait_seconds, self._saving_seconds)
 
-    def _rate(self, count: int) -> float | None:
-        if self._learning_rate is None:
+    def _rate(self, schedule: Callable[[int], Any] | None, count: int) -> float | None:
+        if schedule is None:
             return None
         with jax.transfer_guard("allow"):  # A schedule computes with jax; it is one small number.
-            return float(self._learning_rate(count))
+            return float(schedule(count))
 
 
 def _updates_before(step: int, metrics: Any) -> int:

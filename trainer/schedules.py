@@ -8,19 +8,24 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from launch.spec import ConfigError
-from trainer.optax_names import call, find_schedule, function_of, is_import_path, is_schedule
+from trainer.optax_names import (
+    call,
+    check_values,
+    find_schedule,
+    function_of,
+    import_function,
+    is_import_path,
+)
 
 Schedule = Callable[[Any], Any]  # Count of updates before a step -> value.
 
 
-def is_schedule_section(value: Any) -> bool:
-    """Whether a section can only be meant as a schedule: one entry, named like one."""
-    if not isinstance(value, Mapping) or len(value) != 1:
-        return False
-    (name,) = value
-    return is_schedule(name) or is_import_path(name)
+def _own(arguments: Any) -> bool:
+    """Whether a schedule is somebody's own, `function` being the import path of what makes it."""
+    return isinstance(arguments, Mapping) and is_import_path(arguments.get("function"))
 
 
 def make_schedule(field: str, section: Mapping[str, Any]) -> Schedule:
@@ -37,15 +42,20 @@ def make_schedule(field: str, section: Mapping[str, Any]) -> Schedule:
 
 
 def _named(field: str, entry: str, arguments: Any) -> Schedule:
-    name = entry if is_import_path(entry) else function_of(entry)
-    function = find_schedule(field, name)
+    name = function_of(entry)
+    if _own(arguments):
+        function = import_function(f"{field}.function", arguments["function"])
+        arguments = {key: value for key, value in arguments.items() if key != "function"}
+    else:
+        function = find_schedule(field, name)
     if not isinstance(arguments, Mapping):
         raise ConfigError(field, f"must be a section with the arguments of {name}", arguments)
-    if name == "join_schedules":
+    if function is optax.join_schedules:
         arguments = _joined(field, arguments)
     else:
+        check_values(field, function, arguments)
         _check_steps(field, arguments)
-        arguments = {key: _int_keys(value) for key, value in arguments.items()}
+        arguments = {key: _int_keys(f"{field}.{key}", value) for key, value in arguments.items()}
     return call(field, function, arguments)
 
 
@@ -56,13 +66,17 @@ def _joined(field: str, section: Mapping[str, Any]) -> dict[str, Any]:
         rule = "must be a tuple of names, each with a section beside it"
         raise ConfigError(f"{field}.schedules", rule, names)
     if len(set(names)) != len(names):
-        rule = "a name comes twice; give one a label: linear_schedule@decay"
+        twice = next(name for name in names if names.count(name) > 1)
+        label = f"{function_of(twice)}@last"
+        rule = f"{twice!r} comes twice; call one {label!r}, say, and its section too"
         raise ConfigError(f"{field}.schedules", rule, names)
     rest = {k: v for k, v in section.items() if k != "schedules" and k not in names}
     boundaries = rest.get("boundaries", ())
-    if not isinstance(boundaries, tuple) or len(boundaries) != len(names) - 1:
-        rule = f"must be a tuple of {len(names) - 1} steps, one between each two of {len(names)}"
-        raise ConfigError(f"{field}.boundaries", rule, boundaries)
+    wanted = len(names) - 1
+    right = isinstance(boundaries, tuple) and all(map(_number, boundaries))
+    if not right or len(boundaries) != wanted:
+        rule = f"must be a tuple of {wanted} step(s), where each of the {len(names)} schedules but"
+        raise ConfigError(f"{field}.boundaries", f"{rule} the first begins", boundaries)
     starts = (0, *boundaries)
     for before, after in zip(starts, boundaries, strict=False):
         if after <= before:
@@ -108,11 +122,14 @@ def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _int_keys(value: Any) -> Any:
+def _int_keys(field: str, value: Any) -> Any:
     """{'100': 0.1} as {100: 0.1}: a config's keys are text, `boundaries_and_scales` has steps."""
-    if isinstance(value, Mapping):
-        return {int(key) if str(key).isdigit() else key: item for key, item in value.items()}
-    return value
+    if not isinstance(value, Mapping):
+        return value
+    for key in value:
+        if not str(key).isdigit():
+            raise ConfigError(field, f"its keys must be steps, {key!r} is none", value)
+    return {int(key): item for key, item in value.items()}
 
 
 def remarks(schedules: Sequence[tuple[str, Schedule]], num_steps: int) -> list[str]:

@@ -33,6 +33,7 @@ class StateLayout:
       treedef: of the nnx.State that belongs to it.
       names: dotted paths, `model.layers.0.mlp.kernel`, `optimizer.opt_state.1.0.mu...`.
       abstract: ShapeDtypeStructs with their shardings.
+      params: names of the trained leaves of the model.
       gradients: the shardings that gradients are reduced to, one per trained leaf of the model:
         those of optimizer state of their shape.
       optimizer_axes: mesh axes that split the optimizer's state besides those of its params.
@@ -44,6 +45,7 @@ class StateLayout:
     treedef: Any
     names: list[str]
     abstract: list[jax.ShapeDtypeStruct]
+    params: frozenset[str]
     gradients: list[NamedSharding]
     optimizer_axes: tuple[str, ...]
     create: Callable[[], tuple[nnx.Module, nnx.Optimizer]]
@@ -121,6 +123,7 @@ def make_layout(
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
             for (_, leaf), where in zip(paths, shardings, strict=True)
         ],
+        params=frozenset(f"model.{path}" for path in of_params),
         gradients=[NamedSharding(mesh, layout.spec) for layout in of_params.values()],
         optimizer_axes=optimizer_axes,
         create=create,

@@ -48,9 +48,9 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     # ------------------------------------------------------------------ mesh and state's layout
     contract.report_progress(0, "init")
     mesh = make_mesh(spec.mesh)
-    optimizer, layout, ledger = prepare(spec, task, mesh)
+    optimizer, layout, ledger, notes = prepare(spec, task, mesh)
     say(ledger.as_text())
-    for line in remarks(optimizer.schedules, spec.num_steps):
+    for line in [*notes, *remarks(optimizer.schedules, spec.num_steps)]:
         say(line)
 
     # ------------------------------------------------------------------ data
@@ -146,6 +146,7 @@ def make_reporter(
         log_every_steps=spec.log_every_steps,
         num_steps=spec.num_steps,
         learning_rate=optimizer.learning_rate,
+        group_rates={name: rate for name, rate in optimizer.learning_rates.items() if name},
         max_skipped=optimizer.skip.max_in_a_row if optimizer.skip else None,
     )
 

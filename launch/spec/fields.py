@@ -42,7 +42,8 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
     """
     values = plain(values)
     if not isinstance(values, dict):
-        raise ConfigError(where, f"must be a section of {cls.__name__}'s fields", values)
+        names = ", ".join(field.name for field in dataclasses.fields(cls) if field.init)  # type: ignore[arg-type]
+        raise ConfigError(where, f"must be a section with fields of {names}", values)
     hints = typing.get_type_hints(cls)
     known = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in values:
@@ -84,7 +85,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     wrong_bool = isinstance(value, bool) and wanted is not bool
     if wrong_bool or not isinstance(value, wanted):
-        name = "section" if wanted not in (int, float, bool, str) else wanted.__name__
+        name = "a section" if wanted not in (int, float, bool, str) else wanted.__name__
         raise ConfigError(where, f"must be {name}, is {type(value).__name__}", value)
     return value
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 import types
 from collections.abc import Sequence
@@ -149,7 +150,7 @@ def _suggest(flag: str, path: str = "") -> str:
         found += [
             _shown(os.path.join(folder, name))
             for name in names
-            if name.endswith(".py") and not name.startswith("_")
+            if name.endswith(".py") and _has_get_config(os.path.join(folder, name))
         ]
     found = list(dict.fromkeys(found))
     if not found:
@@ -159,6 +160,17 @@ def _suggest(flag: str, path: str = "") -> str:
     if path and guess.startswith("did you mean"):
         return f"; did you mean {by_name[guess.split(chr(39))[1]]}?"
     return f"; there are {', '.join(found[:12])}"
+
+
+def _has_get_config(path: str) -> bool:
+    """Whether a file defines or imports `get_config`, by its text."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError):
+        return False
+    defined = r"^(def get_config\b|get_config\b.*=|from .* import .*\bget_config\b)"
+    return re.search(defined, text, re.MULTILINE) is not None
 
 
 def _shown(path: str) -> str:

@@ -1,9 +1,10 @@
 """Overrides: `--config.a.b=V` sets a field of a config on the command line.
 
-A field must be in the file, and its type there says how the value is read, by ml_collections. Two
-sections are open to fields that the file does not have: `cluster.env`, which holds strings, and
-everything below `config.optimizer`, which holds the arguments of functions that only the trainer
-knows. There a value is a Python literal, of any type whatever the file has in its place.
+A field must be in the file or be one that every config has (`launch.spec.job` and `.cluster`); its
+type says how the value is read, by ml_collections. Two sections are open to any field:
+`cluster.env`, which holds strings, and everything below `config.optimizer`, which holds the
+arguments of functions that only the trainer knows. There a value is a Python literal, of any type
+whatever the file has in its place.
 
 The launcher hands its overrides on to the trainer, which applies them anew: what a config becomes
 depends on the file and on the overrides in their order, and on nothing else.
@@ -12,13 +13,17 @@ depends on the file and on the overrides in their order, and on nothing else.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import re
+import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launch.spec.cluster import Cluster
 from launch.spec.errors import ConfigError, closest
+from launch.spec.job import TrainSpec
 
 STRINGS = "cluster.env"
 LITERALS = "config.optimizer"
@@ -93,7 +98,7 @@ def _is_open(name: str) -> bool:
 def _type(config: Any, name: str) -> type | None:
     """The type of a field; None where it has none yet, or only the library can tell (`a[0]`).
 
-    Adds a string to `cluster.env` where it is missing there.
+    Adds what is missing: a string in `cluster.env`, the default of a field that every config has.
 
     Raises:
       ConfigError: no such field, or one whose type the file does not say.
@@ -110,13 +115,14 @@ def _type(config: Any, name: str) -> type | None:
                 return None
             rule = f"no such field; {done} is of type {type(node).__name__} and has none"
             raise ConfigError(name, rule)
-        if part not in node and done == STRINGS:
-            with node.unlocked():
-                node[part] = ""
         if part not in node:
-            if _is_open(name):
+            if _is_open(f"{done}.{part}"):
                 return None
-            raise ConfigError(name, f"no such field; {closest(part, node.keys())}")
+            known = {} if done == STRINGS else _known_fields(done)
+            if done != STRINGS and part not in known:
+                raise ConfigError(name, f"no such field; {closest(part, {*node, *known})}")
+            with node.unlocked():
+                node[part] = known.get(part, "")
         kind = node.get_type(part)
         node = node[part]
         done += f".{part}"
@@ -127,6 +133,32 @@ def _type(config: Any, name: str) -> type | None:
             "config_dict.placeholder(TYPE)",
         )
     return kind
+
+
+def _known_fields(section: str) -> dict[str, Any]:
+    """The fields that `config`, `config.mesh` or another section always has, with their defaults.
+
+    As a ConfigDict holds them: an empty section, or a placeholder that knows its type.
+    """
+    from ml_collections import config_dict
+
+    flag, *parts = section.split(".")
+    kind: Any = {"config": TrainSpec, "cluster": Cluster}[flag]
+    for part in parts:
+        kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+    if not dataclasses.is_dataclass(kind):
+        return {}
+    hints = typing.get_type_hints(kind)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint) or typing.get_origin(hint) is Mapping:
+            found[field.name] = config_dict.ConfigDict()
+        elif field.default is None:
+            found[field.name] = config_dict.placeholder(typing.get_args(hint)[0])
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+    return found
 
 
 def _set_literal(config: Any, name: str, value: str, earlier: Sequence[str]) -> None:

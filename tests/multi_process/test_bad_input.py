@@ -36,7 +36,26 @@ INSIDE = [
     (["--config.data.kind=bites"], "config.data.kind='bites': did you mean 'bytes'?"),
     (["--config.model.num_heads=5"], "config.model.num_kv_heads=2: must divide num_heads=5"),
     (["--config.optimizer.chain=('adamwx',)"], "Optax has no 'adamwx'; did you mean 'adamw'?"),
+    (
+        ["--config.optimizer.adamw.weigth_decay=0.1"],
+        "config.optimizer.adamw.weigth_decay: no such argument; did you mean 'weight_decay'? adamw",
+    ),
+    (
+        [
+            "--config.optimizer.adamw.learning_rate={'warmup_cosine_decay_schedule': "
+            "{'init_value': 0.0, 'peak_value': 0.1, 'warmup_steps': 5, 'decay_steps': 5}}"
+        ],
+        "decay_steps=5: must be more than warmup_steps=5: it counts the warm-up too; use 10?",
+    ),
 ]
+
+# What only the model shows, after the processes have found each other.
+GROUPS = {
+    "param_labels": (("kernel", "kernels"), (".*", "rest")),
+    "transforms": {
+        name: {"chain": ("sgd",), "sgd": {"learning_rate": 0.1}} for name in ("kernels", "rest")
+    },
+}
 
 
 @pytest.fixture
@@ -73,6 +92,47 @@ def test_one_line_also_from_a_gang_of_two(muster, tmp_path):
     (tmp_path / "empty").mkdir()
     line = refused(muster, f"--config.data.path={tmp_path}/empty")
     assert "config.data.pattern='*': matches no file" in line
+
+
+def test_one_line_also_for_a_group_that_takes_no_parameter(muster):
+    section = {"chain": ("partition",), "partition": GROUPS}
+    line = refused(muster, f"--config.optimizer={section!r}")
+    assert "config.optimizer.partition.param_labels (group 'kernels'): 'kernel' matches no" in line
+
+
+def describe(*arguments, folder, **variables):
+    return subprocess.run(
+        [sys.executable, "-m", "trainer.describe", *arguments],
+        cwd=folder,
+        env={**environment(), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config is missing; give --config=FILE; there are "),
+        (["--config=configs/lm_byte.py"], "config='configs/lm_byte.py': no such file; did you me"),
+        ([CONFIG, "--num_device=8"], "unknown flag --num_device; did you mean 'num_devices'?"),
+    ],
+)
+def test_describe_refuses_in_one_line(arguments, message, tmp_path):
+    done = describe(*arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_describe_needs_no_accelerator_even_where_jax_is_told_to_use_one(tmp_path):
+    config = f"--config={tiny.ROOT}/configs/regression.py"  # It has schedules to evaluate.
+    done = describe(config, "--num_devices=256", folder=tmp_path, JAX_PLATFORMS="tpu")
+    assert done.returncode == 0, done.stderr
+    assert "state on mesh data=256 fsdp=1 tensor=1" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def get_config(task: str = "lm") -> ConfigDict:
-    """`lm` or `witness`; usable as `--config=tests/testing/tiny.py:witness`."""
+    """`lm`, `witness` or `around` (a witness that one row spoils, with everything around its
+    chain); usable as `--config=tests/testing/tiny.py:witness`."""
     config = ConfigDict()
     config.seed = 3
     config.num_steps = 6
@@ -48,7 +49,20 @@ def get_config(task: str = "lm") -> ConfigDict:
     else:
         config.task = "tests.testing.tiny:Witness"
         config.model = ConfigDict()
-        config.data = ConfigDict({"num_rows": 100})
+        config.data = ConfigDict({"num_rows": 100, "bad_row": -2})
+    if task == "around":
+        config.data.bad_row = 5
+        config.eval.params = "ema"
+        config.sharding.optimizer_axes = ("data",)
+        config.optimizer = ConfigDict({"chain": ("clip_by_global_norm", "partition")})
+        config.optimizer.clip_by_global_norm = ConfigDict({"max_norm": 1.0})
+        sgd = {"chain": ("sgd",), "sgd": {"learning_rate": 1e-2, "momentum": 0.9}}
+        adamw = {"chain": ("adamw",), "adamw": {"learning_rate": 1e-2}}
+        config.optimizer.partition = ConfigDict({"transforms": {"biases": sgd, "rest": adamw}})
+        config.optimizer.partition.param_labels = (("bias", "biases"), (".*", "rest"))
+        config.optimizer.no_decay = ("up",)
+        config.optimizer.ema_decay = 0.9
+        config.optimizer.skip = ConfigDict({"loss_sigmas": 8.0, "max_in_a_row": 3})
     return config
 
 
@@ -90,7 +104,10 @@ class Witness(Task):
         place = jnp.arange(1, batch["row"].shape[0] + 1)
         model.seen.set_value(model.seen.get_value() * 31 + jnp.sum(place * (batch["row"] + 7)))
         out = model.down(model.dropout(nnx.relu(model.up(batch["x"]))))
-        return jnp.mean((out[:, 0] - jnp.sum(batch["x"], axis=-1)) ** 2)
+        # bad_row: a row whose target is not a number; -1 for all of them.
+        bad = (batch["row"] == self.data_config["bad_row"]) | (self.data_config["bad_row"] == -1)
+        target = jnp.where(bad, jnp.nan, jnp.sum(batch["x"], axis=-1))
+        return jnp.mean((out[:, 0] - target) ** 2)
 
     def train_data(self, seed: int) -> grain.MapDataset:
         return training_order(Rows(self.data_config["num_rows"]), seed)
@@ -98,14 +115,19 @@ class Witness(Task):
 
 def fingerprint(num_steps: int, batch_size: int = 16, num_rows: int = 100, seed: int = 3) -> int:
     """What `Seen` must hold after `num_steps`, computed from the data alone."""
-    data = training_order(Rows(num_rows), seed)
     value = np.int32(0)
     with np.errstate(over="ignore"):
         for step in range(num_steps):
-            rows = [int(data[step * batch_size + i]["row"]) for i in range(batch_size)]
+            rows = rows_of_step(step, batch_size, num_rows, seed)
             total = np.int32(sum((i + 1) * (row + 7) for i, row in enumerate(rows)))
             value = np.int32(value * np.int32(31) + total)
     return int(value)
+
+
+def rows_of_step(step: int, batch_size: int = 16, num_rows: int = 100, seed: int = 3) -> list[int]:
+    """The rows of the batch after `step` updates, from the data alone."""
+    data = training_order(Rows(num_rows), seed)
+    return [int(data[step * batch_size + i]["row"]) for i in range(batch_size)]
 
 
 def read_state(workdir: Path, step: int) -> dict[str, np.ndarray]:

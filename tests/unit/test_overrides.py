@@ -208,3 +208,34 @@ def test_the_environment_of_a_cluster_takes_new_strings(file):
         load_config("cluster", [f"--cluster={file}", "--cluster.env.A.B=1"])
     with pytest.raises(ConfigError, match=r"cluster\.optimizer\.new: no such field"):
         load_config("cluster", [f"--cluster={file}", "--cluster.optimizer.new=1"])
+
+
+def test_a_field_that_every_config_has_need_not_be_in_the_file(tmp_path):
+    path = tmp_path / "bare.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(): return ConfigDict({'num_steps': 3, 'mesh': {'data': 1}})\n"
+    )
+    flags = [
+        "--config.eval.params=ema",
+        "--config.mesh.fsdp=2",
+        "--config.sharding.max_replicated_bytes=100",
+        "--config.sharding.optimizer_axes=('data',)",
+        "--config.num_microbatches=2",
+    ]
+    config = load_config("config", [f"--config={path}", *flags]).config
+    assert config.to_dict() == {
+        "num_steps": 3,
+        "mesh": {"data": 1, "fsdp": 2},
+        "eval": {"params": "ema"},
+        "sharding": {"max_replicated_bytes": 100, "optimizer_axes": ("data",)},
+        "num_microbatches": 2,
+    }
+    for wrong, message in [
+        ("--config.eval.parms=ema", "did you mean 'params'?"),
+        ("--config.mesh.fsdp=two", "config.mesh.fsdp='two': must be an int"),
+        ("--config.model.dim=3", "config.model.dim: no such field"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            load_config("config", [f"--config={path}", wrong])
+        assert message in str(caught.value)

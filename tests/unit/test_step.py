@@ -8,18 +8,20 @@ import optax
 import pytest
 from flax import nnx
 from jax import monitoring
+from jax.sharding import PartitionSpec as P
 
 from launch.spec import MeshSpec
+from trainer.evaluate import compile_eval_step, make_eval_step
+from trainer.ledger import make_ledger
 from trainer.mesh import batch_sharding, make_mesh
 from trainer.sharding import make_rules
 from trainer.state import init_state, make_layout
 from trainer.step import (
-    compile_eval_step,
     compile_train_step,
-    make_eval_step,
     make_train_step,
 )
 from trainer.task import Loss, Task
+from trainer.transforms import SkipSpec, average_params, skip_bad_steps
 
 BATCH, WIDTH = 16, 8
 
@@ -83,13 +85,14 @@ def batch_of(seed=0):
 class Run:
     """A task's state and compiled step on a mesh."""
 
-    def __init__(self, task, mesh_spec=None, tx=None, **options):
+    def __init__(self, task, mesh_spec=None, tx=None, optimizer_axes=(), **options):
         spec = mesh_spec or MeshSpec(data=1)
         num_devices = spec.data * spec.fsdp * spec.tensor
         mesh = make_mesh(spec, jax.devices()[:num_devices])
         tx = tx or optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
         self.task = task
-        self.layout = make_layout(task, tx, mesh, make_rules((), mesh), seed=0)
+        rules = make_rules((), mesh)
+        self.layout = make_layout(task, tx, mesh, rules, seed=0, optimizer_axes=optimizer_axes)
         self.leaves = init_state(self.layout)
         self.batch = jax.device_put(batch_of(), batch_sharding(mesh))
         step = make_train_step(task, self.layout, **options)
@@ -275,3 +278,77 @@ def plain_leaves_from(run, plain):
         jax.device_put(np.asarray(state[name]), sharding)
         for name, sharding in zip(plain.layout.names, plain.layout.shardings, strict=True)
     ]
+
+
+def bytes_of(run, group):
+    return make_ledger(run.layout).group_bytes()[group]
+
+
+def test_moments_split_over_the_data_axis_cost_less_and_train_the_same(whole):
+    spec = MeshSpec(data=4, fsdp=2)
+    copied, split = Run(Fit(), spec), Run(Fit(), spec, optimizer_axes=("data",))
+    assert split.step(3) == [pytest.approx(metrics, rel=1e-5) for metrics in whole[0]]
+    for name, leaf in split.state().items():
+        np.testing.assert_allclose(leaf, whole[1][name], rtol=1e-4, atol=1e-6, err_msg=name)
+    specs = dict(zip(split.layout.names, split.layout.shardings, strict=True))
+    assert specs["model.inner.kernel"].spec == P(None, "fsdp")
+    assert specs["optimizer.opt_state.1.0.mu.inner.kernel"].spec == P("data", "fsdp")
+    for leaf, wanted in zip(split.leaves, split.layout.abstract, strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    assert bytes_of(split, "params") == bytes_of(copied, "params")
+    # All moments but those of the last bias, [1], and two counters.
+    assert bytes_of(split, "optimizer")[1] - 16 == (bytes_of(copied, "optimizer")[1] - 16) / 4
+    assert "splits the optimizer's state" in make_ledger(split.layout).as_text()
+
+
+class Normed(Fit):
+    """With batch statistics, and a loss that one row can spoil."""
+
+    def make_model(self, rngs):
+        model = Net(rngs, dropout=0.1)
+        model.norm = nnx.BatchNorm(WIDTH, rngs=rngs)
+        return model
+
+    def loss(self, model, batch):
+        return jnp.mean(jnp.square(model(model.norm(batch["x"])) - batch["y"]))
+
+
+@pytest.mark.parametrize("mesh_spec", [MeshSpec(data=1), MeshSpec(data=2, fsdp=2)])
+def test_a_skipped_step_leaves_params_moments_and_batch_statistics_alone(mesh_spec):
+    tx = skip_bad_steps(optax.adam(0.1), SkipSpec())
+    run = Run(Normed(), mesh_spec, tx)
+    assert run.step(1)[0]["skipped_in_a_row"] == 0
+    before, good = run.state(), run.batch
+    spoiled = dict(good, x=good["x"].at[BATCH - 1, 0].set(jnp.nan))
+    run.batch = jax.device_put(spoiled, batch_sharding(run.layout.mesh))
+    metrics = run.step(2)[-1]
+    assert [metrics["skipped_nonfinite"], metrics["skipped_in_a_row"]] == [2, 2]
+    moved = {name for name, leaf in run.state().items() if not np.array_equal(leaf, before[name])}
+    assert moved == {
+        "model.dropout.rngs.count",
+        "optimizer.step",
+        "optimizer.opt_state.nonfinite",
+        "optimizer.opt_state.in_a_row",
+    }
+    run.batch = good
+    assert np.isfinite(run.step(1)[0]["loss"])
+    assert not np.array_equal(run.state()["model.norm.mean"], before["model.norm.mean"])
+
+
+def test_evaluation_with_averaged_params_is_that_of_the_average():
+    run = Run(Fit(), tx=average_params(optax.sgd(0.1), 0.5))
+    first = run.state()
+    run.step(1)
+    after = run.state()
+    total = {}
+    for which in ("params", "ema"):
+        step = make_eval_step(run.task, run.layout, which)
+        compiled = compile_eval_step(step, run.layout, run.abstract_batch())
+        total[which] = float(compiled(run.leaves, run.batch).total)
+    named = run.layout.as_dict(run.leaves)
+    for name in named:
+        if name.startswith("model."):
+            named[name] = jnp.asarray(0.5 * first[name] + 0.5 * after[name])
+    run.leaves = run.layout.from_dict(named)
+    assert run.evaluate()[0] == pytest.approx(total["ema"], rel=1e-5)
+    assert total["params"] != pytest.approx(total["ema"], rel=1e-3)
