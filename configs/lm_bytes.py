@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
 
     config.sharding = ConfigDict()
     config.sharding.rules = ()  # pairs (logical axis, mesh axis) over the built-in table
+    config.sharding.optimizer_axes = ()  # ("data",) splits the optimizer's state as ZeRO-1 does
     config.sharding.max_replicated_bytes = placeholder(int)  # no limit
 
     config.checkpoint = ConfigDict()
@@ -69,4 +70,5 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every_steps = 100
     config.eval.num_batches = 8
+    config.eval.params = "params"  # or "ema", with config.optimizer.ema_decay
     return config
