@@ -76,8 +76,21 @@ class Console:
     On a terminal the lead's newest progress line stays in place.
     """
 
-    def __init__(self, attempt: Path, num_processes: int, shown: Sequence[int], prefixed: bool):
-        """Show the processes in `shown`; `prefixed` marks each line with its process."""
+    def __init__(
+        self,
+        attempt: Path,
+        num_processes: int,
+        shown: Sequence[int],
+        prefixed: bool,
+        held_back: bytes = b"",
+    ):
+        """Show the processes in `shown`; `prefixed` marks each line with its process.
+
+        Lines that start with `held_back` wait for `show_held`: the launcher's last words may say
+        the same.
+        """
+        self._held_back = held_back
+        self._held: list[bytes] = []
         self._num_processes = num_processes
         self._prefixed = prefixed
         self._followers = {i: LogFollower(rundir.log_path(attempt, i)) for i in shown}
@@ -94,6 +107,13 @@ class Console:
             self._leave_progress()
         self._flush()
 
+    def show_held(self) -> None:
+        """Show the lines that were held back."""
+        held, self._held, self._held_back = self._held, [], b""
+        for line in held:
+            self._show(line)
+        self._flush()
+
     def say(self, text: str) -> None:
         """Print words of the launcher's own."""
         self._leave_progress()
@@ -104,6 +124,9 @@ class Console:
 
     def _show(self, line: bytes) -> None:
         if line.startswith(_NOISE) and not self._prefixed:
+            return
+        if self._held_back and line.startswith(self._held_back):
+            self._held.append(line)
             return
         progress = self._in_place and line.startswith(contract.PROGRESS_PREFIX.encode())
         if progress:

@@ -133,7 +133,14 @@ def run(request: Request) -> int:
     }
     run_dir.write_run(**record)
     attempt = run_dir.new_attempt(local.host_names(request.cluster))
-    console = Console(attempt.path, request.cluster.num_processes, request.shown, request.prefixed)
+    console = Console(
+        attempt.path,
+        request.cluster.num_processes,
+        request.shown,
+        request.prefixed,
+        # The trainer's word on a wrong config is the launcher's last one too.
+        held_back=b"error: " if request.config is not None else b"",
+    )
     hosts = local.process_hosts(request.cluster)
     supervisor = Supervisor(hosts, request.cluster.grace_seconds)
     console.say(
@@ -153,6 +160,8 @@ def run(request: Request) -> int:
     attempt.close(verdict.cause, verdict.message, verdict.guilty_process, verdict.guilty_host)
     version.join(timeout=5)
     run_dir.release()
+    if verdict.exit_code != contract.EXIT_CONFIG:
+        console.show_held()
     console.say(_last_words(verdict, attempt.path))
     return verdict.exit_code
 

@@ -70,8 +70,8 @@ def refused(muster: MusterCommand, *flags: str) -> str:
     done = muster.run(CONFIG, *flags)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    lines = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(lines) == 1, done.stderr
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "error:" in line]
+    assert len(lines) == 1, done.stdout + done.stderr
     return lines[0]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from launch.console import LogFollower, explain_failure, last_lines
+from launch import rundir
+from launch.console import Console, LogFollower, explain_failure, last_lines
 
 
 def test_lines_come_once_and_an_unfinished_one_waits_for_its_end(tmp_path):
@@ -52,3 +53,15 @@ def test_a_config_error_is_told_in_the_programs_own_last_error_line(tmp_path):
     assert explain_failure("who", log, config_error=True) == "muster: error: config.x=1: must be 2"
     log.write_text("noise\n")
     assert "who" in explain_failure("who", log, config_error=True)
+
+
+def test_lines_held_back_come_when_they_are_asked_for_and_not_before(tmp_path, capfdbinary):
+    log = rundir.log_path(tmp_path, 0)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes(b"one\nerror: two\nthree\n")
+    console = Console(tmp_path, 1, [0], prefixed=False, held_back=b"error: ")
+    console.show_new(last=True)
+    assert capfdbinary.readouterr().out == b"one\nthree\n"
+    console.show_held()
+    console.show_held()
+    assert capfdbinary.readouterr().out == b"error: two\n"
