@@ -13,6 +13,7 @@ from trainer import optax_adapters, param_paths
 from trainer.optax_names import (
     bound,
     call,
+    check_names,
     check_values,
     find_transformation,
     function_of,
@@ -90,14 +91,7 @@ class ChainBuilder:
         if not isinstance(section, Mapping):
             raise ConfigError(field, "must be a section with a `chain`", section)
         names = section.get("chain", ())
-        if not isinstance(names, tuple) or not names or not all(isinstance(n, str) for n in names):
-            rule = "must be a tuple of Optax names, e.g. ('adamw',)"
-            raise ConfigError(f"{field}.chain", rule, names)
-        if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            label = f"{function_of(twice)}@last"
-            rule = f"{twice!r} comes twice; call one {label!r}, say, and its section too"
-            raise ConfigError(f"{field}.chain", rule, names)
+        check_names(f"{field}.chain", names, "must be a tuple of Optax names, e.g. ('adamw',)")
         for name in names:
             find_transformation(f"{field}.chain", function_of(name))
         for name, value in section.items():

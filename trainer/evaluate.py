@@ -53,7 +53,7 @@ def make_eval_step(task: Task, layout: StateLayout, params: str = "params") -> E
     Args:
       task: whose loss to compute.
       layout: how the leaves make up the model and the optimizer.
-      params: whose: a key of `trainer.transforms.EVAL_PARAMS`.
+      params: whose, as in `config.eval.params`.
     """
 
     def step(leaves: Sequence[jax.Array], batch: Batch) -> Loss:

@@ -44,6 +44,21 @@ def function_of(entry: str) -> str:
     return entry.partition("@")[0]
 
 
+def check_names(field: str, names: Any, rule: str) -> None:
+    """Refuse what is no tuple of names, or has one twice.
+
+    Raises:
+      ConfigError: `rule`, or how to give the second one a label.
+    """
+    if not isinstance(names, tuple) or not names or not all(isinstance(n, str) for n in names):
+        raise ConfigError(field, rule, names)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        label = f"{function_of(twice)}@last"
+        rule = f"{twice!r} comes twice; call one {label!r}, say, and its section too"
+        raise ConfigError(field, rule, names)
+
+
 def find_transformation(field: str, name: str) -> Callable[..., Any]:
     """The function of `optax` or `optax.contrib` with this name.
 

@@ -50,8 +50,9 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     mesh = make_mesh(spec.mesh)
     optimizer, layout, ledger, notes = prepare(spec, task, mesh)
     say(ledger.as_text())
-    for line in [*notes, *remarks(optimizer.schedules, spec.num_steps)]:
-        say(line)
+    if distributed.is_lead():
+        for line in [*notes, *remarks(optimizer.schedules, spec.num_steps)]:
+            say(line)
 
     # ------------------------------------------------------------------ data
     feed = Feed(task.train_data(spec.seed), spec.global_batch_size, mesh, "training data")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from launch.spec import ConfigError, closest, require
+from launch.spec import ConfigError, require
 from trainer.optax_adapters import SlowState
 
 
@@ -227,9 +227,8 @@ def find_state(opt_state: Any, kind: type) -> Any:
     return next((part for part in parts if isinstance(part, kind)), None)
 
 
-# `config.eval.params`: whose params are evaluated, and what keeps them.
-EVAL_PARAMS = {
-    "params": "",
+# What keeps the params that `config.eval.params` may ask for besides the trained ones.
+_KEPT_BY = {
     "ema": "config.optimizer.ema_decay",
     "schedule_free": "a schedule_free transformation in config.optimizer.chain",
     "lookahead": "lookahead in config.optimizer.chain",
@@ -240,15 +239,13 @@ def eval_params(which: str, params: optax.Params, opt_state: Any) -> optax.Param
     """The params to evaluate with, of the structure and dtypes of `params`.
 
     Args:
-      which: a key of EVAL_PARAMS.
+      which: as in `config.eval.params`.
       params: the trained ones.
       opt_state: the optimizer's state.
 
     Raises:
       ConfigError: the optimizer keeps no such params.
     """
-    if which not in EVAL_PARAMS:
-        raise ConfigError("config.eval.params", closest(which, EVAL_PARAMS), which)
     if which == "params":
         return params
     kind = {
@@ -258,7 +255,7 @@ def eval_params(which: str, params: optax.Params, opt_state: Any) -> optax.Param
     }[which]
     state = find_state(opt_state, kind)
     if state is None:
-        raise ConfigError("config.eval.params", f"nothing keeps them; {EVAL_PARAMS[which]}", which)
+        raise ConfigError("config.eval.params", f"nothing keeps them; {_KEPT_BY[which]}", which)
     if which == "ema":
         found = state.average
     elif which == "lookahead":

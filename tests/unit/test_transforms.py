@@ -163,15 +163,9 @@ def test_schedule_free_is_evaluated_with_its_own_params():
     assert not same(found, descent.params)
 
 
-@pytest.mark.parametrize(
-    ("which", "message"),
-    [
-        ("ema", "config.eval.params='ema': nothing keeps them; config.optimizer.ema_decay"),
-        ("emma", "did you mean 'ema'?"),
-    ],
-)
-def test_params_that_nothing_keeps_are_one_line(which, message):
+def test_params_that_nothing_keeps_are_one_line():
     with pytest.raises(ConfigError) as caught:
-        eval_params(which, PARAMS, optax.sgd(0.1).init(PARAMS))
-    assert message in str(caught.value)
+        eval_params("ema", PARAMS, optax.sgd(0.1).init(PARAMS))
+    expected = "config.eval.params='ema': nothing keeps them; config.optimizer.ema_decay"
+    assert expected in str(caught.value)
     assert eval_params("params", PARAMS, ()) is PARAMS
