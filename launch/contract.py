@@ -30,6 +30,27 @@ LOCAL_PROCESS_ID = "MUSTER_LOCAL_PROCESS_ID"
 HOST = "MUSTER_HOST"  # the host's name in messages
 DEVICES_PER_PROCESS = "MUSTER_DEVICES_PER_PROCESS"
 PROGRESS_FILE = "MUSTER_PROGRESS_FILE"
+FAILURE_FILE = "MUSTER_FAILURE_FILE"  # where a process says which exception ends it
+STACKS_FILE = "MUSTER_STACKS_FILE"  # where its Python stacks are written when they are asked for
+
+# What a process may say it is doing, in the order in which a step goes through it; `exit` is said
+# by Python itself on its way out.
+PHASES = ("init", "restore", "compile", "data", "step", "save", "eval", "exit")
+
+# How an attempt can end.
+CAUSES = (
+    "completed",
+    "config",
+    "exception",
+    "oom",
+    "killed",
+    "hang",
+    "preempted",
+    "time_limit",
+    "host_lost",
+    "start_timeout",
+    "stopped",
+)
 
 # A line that the lead process prints and that starts so is progress: on a terminal the launcher
 # shows the newest one in place instead of scrolling.
@@ -42,6 +63,10 @@ METRICS_FILE = "metrics.jsonl"
 LEDGER_RECORD = "ledger.json"
 CHECKPOINTS = "checkpoints"
 ATTEMPTS = "attempts"
+STACKS = "stacks"  # in an attempt's directory
+LIVE_RECORD = "live.json"  # how the gang stands, while there is one
+STOP_REQUEST = "stop.json"  # from `muster stop` to whoever runs the gang
+CONTROLLER_LOG = "controller.log"  # what `muster run --detach` says
 
 
 @dataclasses.dataclass(frozen=True)

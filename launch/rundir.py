@@ -82,6 +82,7 @@ class RunDir:
             _close_abandoned(attempt_path(self.path, number - 1))
         path = attempt_path(self.path, number)
         path.mkdir(mode=0o700, parents=True)
+        (path / contract.STACKS).mkdir(mode=0o700)
         return Attempt(path, number, hosts)
 
 
@@ -166,6 +167,16 @@ def exit_path(attempt: Path, process_id: int) -> Path:
 def progress_path(attempt: Path, process_id: int) -> Path:
     """Where a process reports its progress (contract.report_progress)."""
     return attempt / f"process-{process_id:05d}.progress.json"
+
+
+def failure_path(attempt: Path, process_id: int) -> Path:
+    """Where a process says which exception ends it (contract.record_failure)."""
+    return attempt / f"process-{process_id:05d}.failure.json"
+
+
+def stacks_path(attempt: Path, process_id: int) -> Path:
+    """Where a process's Python stacks are written."""
+    return attempt / contract.STACKS / f"process-{process_id:05d}.txt"
 
 
 def process_ids(attempt: Path) -> list[int]:

@@ -1,6 +1,6 @@
 """Frozen, validated specifications, made from ConfigDicts at one boundary."""
 
-from launch.spec.cluster import Cluster, RestartPolicy, cluster_spec
+from launch.spec.cluster import Cluster, cluster_spec
 from launch.spec.compare import Difference, check_same_run, compare_configs
 from launch.spec.errors import ConfigError, closest
 from launch.spec.fields import build, plain, require
@@ -15,6 +15,7 @@ from launch.spec.job import (
     TrainSpec,
     train_spec,
 )
+from launch.spec.policies import RestartPolicy, WatchPolicy
 
 __all__ = [
     "AXES",
@@ -29,6 +30,7 @@ __all__ = [
     "RestartPolicy",
     "ShardingSpec",
     "TrainSpec",
+    "WatchPolicy",
     "build",
     "check_same_run",
     "closest",

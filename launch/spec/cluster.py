@@ -8,42 +8,14 @@ from typing import Any
 
 from launch.spec.errors import ConfigError, closest
 from launch.spec.fields import build, require
+from launch.spec.policies import RestartPolicy, WatchPolicy
 
 BACKENDS = ("local", "slurm", "tpu")
+MIN_LEASE_SECONDS = 3.0  # Leases are renewed about once a second, on a machine that may be busy.
+MIN_LOG_BYTES = 1 << 16
 
 # The launcher fills these in for every process; a config that set them would tear the gang apart.
 RESERVED_ENV_PREFIXES = ("MUSTER_", "OMPI_", "JAX_COORDINATOR_", "JAX_LOCAL_DEVICE_IDS")
-
-
-@dataclasses.dataclass(frozen=True)
-class RestartPolicy:
-    """When a failed attempt is tried again. All zero: never.
-
-    Attributes:
-      max_failures: further attempts after the program's own failures.
-      max_preemptions: further attempts after preemptions and lost hosts.
-      backoff_seconds: wait before the first further attempt; it doubles each time.
-      max_backoff_seconds: the longest wait.
-      max_attempts_without_progress: give up after so many attempts that gained no step.
-    """
-
-    max_failures: int = 0
-    max_preemptions: int = 0
-    backoff_seconds: float = 0.0
-    max_backoff_seconds: float = 0.0
-    max_attempts_without_progress: int = 0
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            require(value >= 0, field.name, value, "must be 0 (never) or more")
-            require(
-                value == 0,
-                field.name,
-                value,
-                "automatic restarts are not there yet; set it to 0 and start the same command "
-                "again, which resumes",
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +34,11 @@ class Cluster:
       grace_seconds: between asking the processes to stop (SIGTERM) and killing them, when a user
         stops the run; long enough for a checkpoint.
       restart: see RestartPolicy.
+      watch: see WatchPolicy.
+      hosts_min: the fewest hosts that a further attempt may have after hosts were lost; None for
+        all of them.
+      lease_seconds: how long a host's processes outlive a launcher that is not heard of.
+      max_log_bytes: the most that is kept of one process's output: its beginning and its end.
       slurm, tpu: settings of those backends.
     """
 
@@ -74,7 +51,11 @@ class Cluster:
     env: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     setup: tuple[str, ...] = ()
     grace_seconds: float = 60.0
-    restart: RestartPolicy = RestartPolicy()
+    restart: RestartPolicy = dataclasses.field(default_factory=RestartPolicy)
+    watch: WatchPolicy = dataclasses.field(default_factory=WatchPolicy)
+    hosts_min: int | None = None
+    lease_seconds: float = 15.0
+    max_log_bytes: int = 64 << 20
     slurm: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tpu: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -90,6 +71,18 @@ class Cluster:
         for name in ("hosts", "processes_per_host", "devices_per_process", "slices"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(self.grace_seconds >= 0, "grace_seconds", self.grace_seconds, "must be 0 or more")
+        at_least = f"must be at least {MIN_LEASE_SECONDS:g}"
+        require(
+            self.lease_seconds >= MIN_LEASE_SECONDS, "lease_seconds", self.lease_seconds, at_least
+        )
+        at_least = f"must be at least {MIN_LOG_BYTES}"
+        require(self.max_log_bytes >= MIN_LOG_BYTES, "max_log_bytes", self.max_log_bytes, at_least)
+        require(
+            self.hosts_min is None or 1 <= self.hosts_min <= self.hosts,
+            "hosts_min",
+            self.hosts_min,
+            f"must be from 1 to hosts={self.hosts}, or None for all of them",
+        )
         self._check_env()
         self._check_local()
 
