@@ -1,38 +1,38 @@
-"""Tables of what happens to a gang, and what must be made of it."""
+"""Tables of what happens to a gang, what is done about it, and how the run goes on."""
 
 from __future__ import annotations
 
 import pytest
 
-from launch.supervise import (
-    FAILURE_GRACE_SECONDS,
-    Exited,
-    HostLost,
+from launch.attempt_state import DOUBT_SECONDS, FAILURE_GRACE_SECONDS, STACKS_SECONDS
+from launch.events import (
+    Close,
+    Finish,
+    GangGone,
     Kill,
     NotStarted,
+    Raised,
+    Stacks,
+    Start,
+    Started,
     Stop,
     StopRequested,
-    Supervisor,
+    TakeStacks,
     Tick,
 )
-
-GRACE = 30.0
-
-
-def ended(process_id: int, code: int = 0, at: float = 0.0) -> Exited:
-    """A process's end; a negative code is a signal."""
-    return Exited(process_id, None if code < 0 else code, -code if code < 0 else None, at)
-
-
-def play(*events, num_processes: int = 3):
-    """Feed (time, event) pairs; returns the actions as (time, kind) and the verdict."""
-    supervisor = Supervisor([f"h{i}" for i in range(num_processes)], GRACE)
-    actions = []
-    for time, event in events:
-        actions += [(time, type(action)) for action in supervisor.handle(event, time)]
-    assert supervisor.finished
-    return actions, supervisor.verdict()
-
+from launch.supervise import Supervisor
+from tests.unit import jax_ends
+from tests.unit.gang_play import (
+    GRACE,
+    at_step,
+    ended,
+    failure,
+    lost,
+    play,
+    policy,
+    reason_of_stop,
+    told,
+)
 
 CASES = {
     "all done": (
@@ -41,7 +41,7 @@ CASES = {
         ("completed", 0, None),
     ),
     "one fails, the others follow its stop": (
-        [(1, ended(1, 1, at=1)), (1.5, ended(0, -15, at=1.5)), (1.6, ended(2, 0, at=1.6))],
+        [(1, ended(1, 1, at=1)), (1.5, told(0, at=1.5, since=1)), (1.6, told(2, 0, 1.6, since=1))],
         [(1, Stop)],
         ("exception", 1, 1),
     ),
@@ -50,14 +50,14 @@ CASES = {
             (1, ended(2, -11, at=1)),
             (1 + FAILURE_GRACE_SECONDS - 0.1, Tick()),
             (1 + FAILURE_GRACE_SECONDS, Tick()),
-            (4, ended(0, -9, at=4)),
-            (4, ended(1, -9, at=4)),
+            (4, told(0, -9, at=4, since=1)),
+            (4, told(1, -9, at=4, since=1)),
         ],
         [(1, Stop), (1 + FAILURE_GRACE_SECONDS, Kill)],
         ("killed", 1, 2),
     ),
     "a report is overtaken by that of a process which failed later": (
-        [(2, ended(0, -6, at=1.2)), (2, ended(1, 1, at=1.1)), (2, ended(2, -15, at=2))],
+        [(2, ended(0, -6, at=1.2)), (2, ended(1, 1, at=1.1)), (2, told(2, at=2, since=2))],
         [(2, Stop)],
         ("exception", 1, 1),
     ),
@@ -67,7 +67,7 @@ CASES = {
         ("config", 2, 0),
     ),
     "a program that is not there": (
-        [(1, NotStarted(0, "x: no such file", 1)), (1, ended(1, -15, 2)), (1, ended(2, -15, 2))],
+        [(1, NotStarted(0, "x: no such file", 1)), (1, told(1, at=2)), (1, told(2, at=2))],
         [(1, Stop)],
         ("config", 2, 0),
     ),
@@ -82,10 +82,19 @@ CASES = {
             (1, ended(1, 75)),
             (GRACE, Tick()),
             (1 + GRACE, Tick()),
-            (40, ended(2, -9)),
+            (40, told(2, -9, at=40, since=1 + GRACE)),
         ],
         [(1 + GRACE, Kill)],
         ("killed", 1, 2),
+    ),
+    "one saved and left, and took the coordination service with it": (
+        [
+            (1, ended(0, 75, at=1)),
+            (1, ended(1, -6, at=1.1, last_lines=jax_ends.LEAD_KILLED)),
+            (2, ended(2, 75, at=2)),
+        ],
+        [],
+        ("preempted", 75, None),
     ),
     "one ends early with 0 and is waited for": (
         [(1, ended(0, 0)), (500, Tick()), (900, ended(1, 0)), (900, ended(2, 1, at=900))],
@@ -93,22 +102,22 @@ CASES = {
         ("exception", 1, 2),
     ),
     "the user stops, all save": (
-        [(1, StopRequested()), (9, ended(0, 75)), (9, ended(1, 75)), (9, ended(2, 75))],
+        [(1, StopRequested()), (9, told(0, 75)), (9, told(1, 75)), (9, told(2, 75))],
         [(1, Stop)],
         ("stopped", 75, None),
     ),
     "the user stops a program that knows no signals": (
-        [(1, StopRequested()), (1, ended(0, -15)), (1, ended(1, 143)), (1, ended(2, -6))],
+        [(1, StopRequested()), (1, told(0, -15)), (1, told(1, 143)), (1, told(2, -6))],
         [(1, Stop)],
         ("stopped", 75, None),
     ),
     "the user stops, and saving fails": (
         [
             (1, StopRequested()),
-            (2, ended(1, 1, at=2)),
+            (2, told(1, 1, at=2)),
             (1 + GRACE, Tick()),
-            (40, ended(0, -9, at=40)),
-            (40, ended(2, -9, at=40)),
+            (40, told(0, -9, at=40)),
+            (40, told(2, -9, at=40)),
         ],
         [(1, Stop), (1 + GRACE, Kill)],
         ("stopped", 75, None),
@@ -116,9 +125,9 @@ CASES = {
     "the user stops, saving fails, the others end by themselves": (
         [
             (1, StopRequested()),
-            (2, ended(1, 1, at=2)),
-            (3, ended(0, -6, at=3)),
-            (3, ended(2, 75, at=3)),
+            (2, told(1, 1, at=2)),
+            (3, told(0, -6, at=3)),
+            (3, told(2, 75, at=3)),
         ],
         [(1, Stop)],
         ("stopped", 1, 1),
@@ -128,9 +137,9 @@ CASES = {
             (1, StopRequested()),
             (2, StopRequested()),
             (3, StopRequested()),
-            (3, ended(0, -9)),
-            (3, ended(1, -9)),
-            (3, ended(2, -9)),
+            (3, told(0, -9)),
+            (3, told(1, -9)),
+            (3, told(2, -9)),
         ],
         [(1, Stop), (2, Kill)],
         ("stopped", 75, None),
@@ -139,21 +148,72 @@ CASES = {
         [
             (1, ended(0, 1, at=1)),
             (1.5, StopRequested()),
-            (2, ended(1, -9, at=2)),
-            (2, ended(2, -9, at=2)),
+            (2, told(1, -9, at=2, since=1)),
+            (2, told(2, -9, at=2, since=1)),
         ],
         [(1, Stop), (1.5, Kill)],
         ("exception", 1, 0),
     ),
     "a host is lost": (
-        [(1, HostLost("h2")), (2, ended(0, -15, at=2)), (2, ended(1, -6, at=2))],
+        [(1, lost("h2", 1)), (2, told(0, at=2, since=1)), (2, ended(1, -6, at=2))],
         [(1, Stop)],
         ("host_lost", 1, None),
     ),
     "a host is lost after a failure": (
-        [(1, ended(0, 3, at=1)), (2, HostLost("h2")), (2, ended(1, -6, at=2))],
+        [(1, ended(0, 3, at=1)), (2, lost("h2", 2)), (2, told(1, -6, at=2, since=1))],
         [(1, Stop)],
         ("exception", 1, 0),
+    ),
+    "a host is lost whose processes were done": (
+        [(1, ended(2, 0)), (2, lost("h2", 2)), (3, ended(0, 0)), (3, ended(1, 0))],
+        [],
+        ("completed", 0, None),
+    ),
+    "a failure that speaks of a peer waits for the peer's": (
+        [
+            (1, ended(0, 1, at=1, failure=failure(f"ValueError: {jax_ends.GLOO_MESSAGE}", 1))),
+            (1.3, ended(2, -9, at=0.9)),
+            (1.4, told(1, at=1.4, since=1.3)),
+        ],
+        [(1, TakeStacks), (1.3, Stop)],
+        ("killed", 1, 2),
+    ),
+    "a failure that speaks of a peer, and no peer's comes": (
+        [
+            (1, ended(0, -6, at=1, last_lines=jax_ends.PEER_STOPPED)),
+            (1.1, ended(2, -6, at=1.1, last_lines=jax_ends.PEER_STOPPED)),
+            (1.2, Stacks(1, "", "T")),
+            (1 + DOUBT_SECONDS, Tick()),
+            (1 + DOUBT_SECONDS + FAILURE_GRACE_SECONDS, Tick()),
+            (6, told(1, -9, at=6, since=3)),
+        ],
+        [
+            (1, TakeStacks),
+            (1 + DOUBT_SECONDS, Stop),
+            (1 + DOUBT_SECONDS + FAILURE_GRACE_SECONDS, Kill),
+        ],
+        ("hang", 1, 1),
+    ),
+    "a process raised and does not end": (
+        [
+            (1, Raised(1, failure(at=1))),
+            (1 + DOUBT_SECONDS, Tick()),
+            (4, told(0, at=4, since=3)),
+            (4, told(1, -9, at=4, since=3)),
+            (4, told(2, at=4, since=3)),
+        ],
+        [(1 + DOUBT_SECONDS, Stop)],
+        ("exception", 1, 1),
+    ),
+    "a process raised and then ends": (
+        [
+            (1, Raised(1, failure(at=1))),
+            (1.2, ended(1, 1, at=1.2)),
+            (2, told(0, at=2, since=1.2)),
+            (2, told(2, at=2, since=1.2)),
+        ],
+        [(1.2, Stop)],
+        ("exception", 1, 1),
     ),
 }
 
@@ -161,17 +221,126 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_what_happens_to_a_gang_gets_these_actions_and_this_verdict(name):
     events, actions, (cause, exit_code, guilty) = CASES[name]
-    got, verdict = play(*events)
+    got, close = play(*events)
     assert got == actions
+    verdict = close.verdict
     assert (verdict.cause, verdict.exit_code, verdict.guilty_process) == (cause, exit_code, guilty)
 
 
-def test_a_verdict_names_process_host_and_signal():
-    _, verdict = play((1, ended(1, -9, at=1)), (1, ended(0, -15, 2)), (1, ended(2, -15, 2)))
-    assert verdict.message == "process 1/3 on h1 was killed by SIGKILL"
-    assert verdict.guilty_host == "h1"
+WATCH = {"data_seconds": 20.0, "step_min_seconds": 10.0}
+MOVING = [(step, at_step(i, step, "step", float(step))) for step in range(1, 7) for i in range(3)]
+HANGING = [(0, Started(0)), (0, Started(1)), (0, Started(2)), *MOVING]
+HANGING += [(7, at_step(1, 6, "data", 6.5))]
 
 
-def test_a_lost_host_is_the_guilty_host():
-    _, verdict = play((1, HostLost("h0")), (1, ended(1, 0)), (1, ended(2, 0)))
-    assert (verdict.guilty_host, verdict.exit_code) == ("h0", 1)
+def test_a_gang_that_makes_no_progress_shows_its_stacks_and_is_stopped():
+    ticks = [(time, Tick()) for time in range(8, 40)]
+    stacks = [(27.2, Stacks(i, "", "S")) for i in range(3)]
+    events = sorted([*HANGING, *ticks, *stacks], key=lambda pair: pair[0])
+    actions, close = play(*events, watch=WATCH)
+    assert actions == [(27, TakeStacks), (27.2, Stop), (30, Kill)]
+    assert (close.verdict.cause, close.verdict.guilty_process) == ("hang", 1)
+
+
+def test_stacks_that_do_not_come_are_not_waited_for_for_ever():
+    ticks = [(time, Tick()) for time in range(8, 40)]
+    actions, close = play(*HANGING, *ticks, watch=WATCH)
+    assert actions == [(27, TakeStacks), (27 + STACKS_SECONDS, Stop), (34, Kill)]
+    assert close.verdict.guilty_process == 1
+
+
+def test_a_gang_that_moves_again_while_it_is_looked_at_goes_on():
+    ticks = [(time, Tick()) for time in range(8, 28)]
+    again = [(28 + i / 10, at_step(i, 7, "step", 28 + i / 10)) for i in range(3)]
+    stacks = [(29, Stacks(i, "", "S")) for i in range(3)]
+    actions, close = play(
+        *HANGING, *ticks, *again, *stacks, *[(30, ended(i)) for i in range(3)], watch=WATCH
+    )
+    assert actions == [(27, TakeStacks)]
+    assert close.verdict.cause == "completed"
+
+
+def test_the_user_is_told_why_the_gang_is_stopped():
+    assert reason_of_stop((1, ended(1, -9, at=1))) == "process 1 was killed by SIGKILL"
+    raised = ended(1, 1, at=1, failure=failure("KeyError: 'x'", 1))
+    assert reason_of_stop((1, raised)) == "process 1 failed: KeyError: 'x'"
+    assert reason_of_stop((1, lost("h2", 1))) == "host h2 was lost"
+
+
+def test_events_of_nobody_are_not_heard():
+    events = [(1, ended(7, 1)), (1, lost("elsewhere", 1)), (1, Raised(-1, failure()))]
+    actions, close = play(*events, *[(2, ended(i)) for i in range(3)])
+    assert actions == []
+    assert close.verdict.cause == "completed"
+
+
+def one_attempt(supervisor: Supervisor, now: float, *events):
+    """Feed the events of an attempt at `now`; returns the actions of its end."""
+    for event in events:
+        supervisor.handle(event, now)
+    return supervisor.handle(GangGone(), now)
+
+
+def test_a_run_goes_on_after_a_failure_and_finishes():
+    supervisor = Supervisor(policy(restart={"max_failures": 1, "backoff_seconds": 4.0}))
+    hosts = ("h0", "h1", "h2")
+    assert supervisor.handle(Tick(), 0.0) == [Start(hosts)]
+    (close,) = one_attempt(supervisor, 10.0, ended(1, 1, at=10))
+    assert isinstance(close, Close)
+    assert close.retry.again
+    assert 2.0 <= close.retry.delay_seconds <= 4.0
+    assert supervisor.deadline == 10.0 + close.retry.delay_seconds
+    assert supervisor.handle(Tick(), 11.9) == []
+    assert supervisor.handle(ended(0, 1, at=12), 14.0) == []  # of the attempt that is over
+    assert supervisor.handle(Tick(), 14.0) == [Start(hosts)]
+    done = one_attempt(supervisor, 20.0, *[ended(i) for i in range(3)])
+    assert [type(action) for action in done] == [Close, Finish]
+    assert done[1] == Finish(0)
+    assert supervisor.finished
+    assert supervisor.deadline is None
+    assert supervisor.handle(Tick(), 30.0) == []
+
+
+def test_a_stop_between_attempts_ends_the_run_at_once():
+    supervisor = Supervisor(policy(restart={"max_failures": 5}))
+    supervisor.handle(Tick(), 0.0)
+    one_attempt(supervisor, 1.0, ended(1, 1, at=1))
+    assert supervisor.handle(StopRequested(), 1.1) == [Finish(75)]
+    assert supervisor.finished
+
+
+def test_a_failed_gang_that_the_user_also_stops_is_not_started_again():
+    supervisor = Supervisor(policy(restart={"max_failures": 5}))
+    supervisor.handle(Tick(), 0.0)
+    close, finish = one_attempt(supervisor, 1.0, ended(1, 1, at=1), StopRequested())
+    assert (close.verdict.cause, close.retry.again) == ("exception", False)
+    assert finish == Finish(1)
+
+
+def test_a_run_goes_on_with_fewer_hosts_when_one_is_lost():
+    supervisor = Supervisor(
+        policy(4, restart={"max_preemptions": 3}, hosts_min=2, fits=lambda hosts: hosts != 3)
+    )
+    supervisor.handle(Tick(), 0.0)
+    (close,) = one_attempt(supervisor, 1.0, lost("h1", 1.0))
+    assert close.retry.why.endswith(", on 2 hosts instead of 4")
+    assert supervisor.handle(Tick(), 9.0) == [Start(("h0", "h2"))]
+    (close,) = one_attempt(supervisor, 10.0, lost("h0", 10.0))
+    assert close.retry.why.endswith(", on 4 hosts instead of 2")
+    assert supervisor.handle(Tick(), 19.0) == [Start(("h0", "h1", "h2", "h3"))]
+
+
+def test_the_work_of_a_storm_is_one_stop_and_one_kill():
+    number = 512
+    supervisor = Supervisor(policy(number, restart={"max_failures": 1}))
+    supervisor.handle(Tick(), 0.0)
+    actions = []
+    for i in range(number):
+        event = lost(f"h{i}", i / number) if i % 2 else ended(i, -9, at=i / number)
+        actions += supervisor.handle(event, i / number)
+    actions += supervisor.handle(Tick(), 10.0)
+    close = supervisor.handle(GangGone(), 10.0)[0]
+    assert [type(action) for action in actions] == [Stop]
+    assert isinstance(close, Close)
+    assert close.verdict.guilty_process == 0
+    assert len(close.verdict.explanation) < 1000
