@@ -34,6 +34,7 @@ setup(
             "pytest>=8.4",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
             "ruff",
             "mypy",
             "scikit-learn>=1.8",  # configs/digits.py trains on its digits.
