@@ -25,22 +25,22 @@ def suspect(case: Case) -> Suspect:
     left = _left_early(case)
     if left is not None:
         return _leaver(case, left)
+    compared = stacks.compare(case.stacks)
     halted = _halted(case)
     if halted is not None:
-        return _hanging(case, halted, "")
+        return _hanging(case, halted, compared)
     living = case.running.intersection(case.progress)
     behind = [process for process in overdue.processes if process in living]
-    compared = stacks.compare(case.stacks)
     if behind and len(behind) * 2 <= len(living) and len(behind) < len(living):
         odd = [process for process in behind if process in compared.odd]
         if len(odd or behind) > 1:
             reason = f"{listed(behind)} are behind the others"
         else:
             reason = "it is behind the others"
-        return _hanging(case, _oldest(case, odd or behind), reason)
+        return _hanging(case, _oldest(case, odd or behind), compared, reason)
     if compared.odd:
         reason = f"{listed(compared.odd)} stand elsewhere than the rest" * (len(compared.odd) > 1)
-        return _hanging(case, _oldest(case, list(compared.odd)), reason)
+        return _hanging(case, _oldest(case, list(compared.odd)), compared, reason)
     waits = f"; all of them wait {compared.where_waiting}" if compared.where_waiting else ""
     return Suspect(
         None,
@@ -64,18 +64,20 @@ def deserter(case: Case) -> Suspect | None:
         return _leaver(case, left)
     # Asked for its stack, and neither failed before nor since but by our own signal.
     alive = {i for i in case.stacks if i not in case.faults or case.faults[i].told}
+    compared = stacks.compare(case.stacks)
     halted = _halted(case, alive)
     if halted is not None:
-        return _hanging(case, halted, "")
+        return _hanging(case, halted, compared)
     for fault in case.faults.values():
         if fault.of_a_peer and not fault.told:
             silent = [process for process in silent_peers(fault) if process in alive]
             if silent:
-                return _hanging(case, silent[0], "the others no longer heard its heartbeat")
-    odd = [process for process in stacks.compare(case.stacks).odd if process in alive]
+                reason = "the others no longer heard its heartbeat"
+                return _hanging(case, silent[0], compared, reason)
+    odd = [process for process in compared.odd if process in alive]
     if not odd and len(alive) == 1 and case.num_processes > 1:
         odd = list(alive)
-    return _hanging(case, _oldest(case, odd), "") if odd else None
+    return _hanging(case, _oldest(case, odd), compared) if odd else None
 
 
 def _left_early(case: Case) -> int | None:
@@ -161,7 +163,7 @@ def _oldest(case: Case, processes: list[int]) -> int:
     return min(processes, key=key)
 
 
-def _hanging(case: Case, process_id: int, reason: str) -> Suspect:
+def _hanging(case: Case, process_id: int, compared: stacks.Comparison, reason: str = "") -> Suspect:
     report = case.progress.get(process_id)
     since = ""
     now = case.overdue.at if case.overdue else case.stopped_at
@@ -170,11 +172,10 @@ def _hanging(case: Case, process_id: int, reason: str) -> Suspect:
         since = f": {age} at step {report.step} ({report.phase})"
     message = f"{case.who(process_id)} hangs{since}"
     told = [part for part in (message, doing(case, process_id)) if part]
-    waiting = stacks.compare(case.stacks)
-    others = [other for other in waiting.waiting if other != process_id]
+    others = [other for other in compared.waiting if other != process_id]
     if others:
         number = "the other waits" if len(others) == 1 else f"the {len(others)} others wait"
-        told[-1] += f"{', ' if len(told) > 1 else '; '}{number} {waiting.where_waiting}"
+        told[-1] += f"{', ' if len(told) > 1 else '; '}{number} {compared.where_waiting}"
     return Suspect(process_id, "; ".join(told), reason=reason)
 
 

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from launch.events import Stacks
 
 # faulthandler names threads since Python 3.14.
-_THREAD = re.compile(r"^(Current thread|Thread|Stack)\b.*\(most recent call first\):$")
-_FRAME = re.compile(r'^\s+File "(?P<file>.*)", line (?P<line>\d+|\?+) in (?P<function>.+)$')
-_TOO_MANY_THREADS = "..."  # At the left edge: more threads than faulthandler writes.
+_THREAD = re.compile(r"^(Current thread|Thread|Stack)\b.*\(most recent call first\):$", re.M)
+_FRAME = re.compile(r'^ +File "(?P<file>.*)", line (?P<line>\d+|\?+) in (?P<function>.+)$', re.M)
+_TOO_MANY_THREADS = re.compile(r"^\.\.\.$", re.M)  # At the left edge; frames are indented.
 # Where JAX's Python waits for the other processes, or calls what does.
 _WAITS = re.compile(r"/(jax|jaxlib)/|/trainer/(agreement|rollcall)\.py$|/orbax/.*multihost")
 # Compiling and tracing are work of this process's own.
@@ -55,22 +55,16 @@ class Comparison:
 
 def main_thread(text: str) -> tuple[Frame, ...]:
     """The main thread's frames, newest first; empty when the text has none."""
-    threads: list[tuple[bool, list[Frame]]] = []
-    cut = False
-    for line in text.splitlines():
-        thread = _THREAD.match(line)
-        if thread:
-            threads.append((thread[1] == "Current thread", []))
-        elif line == _TOO_MANY_THREADS:
-            cut = True
-        elif threads and (frame := _FRAME.match(line)):
-            threads[-1][1].append(Frame(frame["file"], frame["line"], frame["function"]))
+    threads = list(_THREAD.finditer(text))
     if not threads:
         return ()
     # Threads are written newest first, so that the main one comes last. Where that is cut off, the
     # kernel's habit helps: it gives a process's signals to the main thread.
-    current = [frames for is_current, frames in threads if is_current]
-    return tuple(current[-1] if cut and current else threads[-1][1])
+    current = [thread for thread in threads if thread[1] == "Current thread"]
+    main = current[-1] if current and _TOO_MANY_THREADS.search(text) else threads[-1]
+    after = [thread.start() for thread in threads if thread.start() > main.start()]
+    frames = _FRAME.finditer(text, main.end(), min(after, default=len(text)))
+    return tuple(Frame(frame["file"], frame["line"], frame["function"]) for frame in frames)
 
 
 def waits_in_jax(frames: tuple[Frame, ...]) -> bool:

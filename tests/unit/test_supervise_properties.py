@@ -30,7 +30,7 @@ from tests.unit import jax_ends
 from tests.unit.test_stacks import JITTED, SLEEPING, SYNC
 
 HOSTS = ("h0", "h1", "h2")
-BUDGET = RestartPolicy(max_failures=2, max_preemptions=2, max_attempts_without_progress=2)
+BUDGET = RestartPolicy(max_failures=2, max_preemptions=2, max_attempts_without_progress=4)
 
 ids = st.sampled_from([-1, 0, 0, 1, 1, 2, 2, 3, 4, 5, 99])
 times = st.floats(0, 100, allow_nan=False)
@@ -71,6 +71,18 @@ scripts = st.lists(
     st.tuples(events | st.just(StopRequested()), st.sampled_from([0.0, 0.0, 0.1, 3.0, 40.0])),
     min_size=4,
     max_size=40,
+)
+# Attempts that do end, with all the time that a wait between them takes.
+reasons = st.sampled_from([Exited(0, 3, None, 0.0), HostLost("h1", 0.0), Exited(2, 75, None, 0.0)])
+attempts = st.lists(
+    st.tuples(reasons, st.lists(st.tuples(events, st.sampled_from([0.0, 0.1, 3.0])), max_size=4)),
+    max_size=8,
+).map(
+    lambda scripts: [
+        step
+        for reason, script in scripts
+        for step in [(reason, 0.1), *script, (GangGone(), 0.1), (Tick(), 1000.0)]
+    ]
 )
 
 
@@ -154,7 +166,7 @@ def play(script, **fields) -> Environment:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-@given(script=scripts, hosts_min=st.sampled_from([None, 1]), reports=st.booleans())
+@given(script=scripts | attempts, hosts_min=st.sampled_from([None, 1]), reports=st.booleans())
 def test_one_attempt_lives_at_a_time_and_budgets_hold(script, hosts_min, reports):
     environment = play(script, hosts_min=hosts_min, reports=reports)
     causes = [close.verdict.cause for close in environment.closed if close.retry.again]

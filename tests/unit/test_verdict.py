@@ -251,7 +251,7 @@ def test_the_order_of_reports_changes_nothing(seed):
 WATCH = {"data_seconds": 20.0, "step_min_seconds": 10.0, "start_seconds": 30.0}
 
 
-HANGS = {"num_hosts": 4, "watch": WATCH}
+HANGS = {"num_hosts": 4, "watch": {**WATCH, "eval_seconds": 20.0}}
 
 
 def judged_hang(*last, stacks=("", "", "", ""), states="SSSS"):
@@ -272,17 +272,26 @@ HANG_CASES = {
     "the one in a dead file system": ([], ALL_JITTED, "SDSS", 1),
     "the one that left": ([ended(3, 0, at=5.2)], ALL_JITTED, "SSSS", 3),
     "the one on its way out": ([at_step(3, 5, "exit", 5.4)], ALL_JITTED, "SSSS", 3),
+    "the one that evaluates, when another was done": (
+        [ended(3, 0, at=5.2)] + [at_step(i, 5, "eval", 5.3) for i in range(3)],
+        (SYNC, SYNC, SLEEPING, SYNC),
+        "SSSS",
+        2,
+    ),
     "the one whose stack differs": ([], (JITTED, SLEEPING, JITTED, SYNC), "SSSS", 1),
     "the busy one that shows no stack": ([], (SYNC, SYNC, SYNC, ""), "SSSR", 3),
     "nobody": ([], ALL_JITTED, "SSSS", None),
 }
 
 
+LEFT = ("the one that left", "the one on its way out")
+
+
 @pytest.mark.parametrize("name", HANG_CASES)
 def test_in_a_gang_that_hangs_the_guilty_one_is(name):
     last, stacks, states, guilty = HANG_CASES[name]
     verdict = judged_hang(*last, stacks=stacks, states=states)
-    assert verdict.cause == ("exception" if "left" in name or "out" in name else "hang")
+    assert verdict.cause == ("exception" if name in LEFT else "hang")
     assert verdict.guilty_process == guilty, verdict
 
 
@@ -315,6 +324,10 @@ def test_a_verdict_names_process_host_and_signal():
     verdict = judged((1, ended(1, -9, at=1)), (1, told(0, -15, 2)), (1, told(2, -15, 2)))
     assert verdict.message == "process 1/3 on h1 was killed by SIGKILL"
     assert verdict.guilty_host == "h1"
+
+
+def test_a_second_end_of_a_process_is_not_believed():
+    assert judged(*[(1, ended(i, 0)) for i in (0, 1, 2)], (2, ended(1, 1))).cause == "completed"
 
 
 def test_a_lost_host_is_the_guilty_host():

@@ -75,6 +75,11 @@ CASES = {
         (0, 1, 2),
     ),
     "one leaves while the others wait": ([*ALL_STEP, (1, 5, "exit", 6)], 16, (0, 2)),
+    "one left a step before and need not hurry": (
+        [*steps(0, 5), *steps(1, 4), *steps(2, 5), (1, 4, "exit", 4.5)],
+        16,
+        (0, 2),
+    ),
     "all leave": ([*ALL_STEP, *[(i, 5, "exit", 6) for i in range(3)]], 22, (0, 1, 2)),
 }
 
@@ -111,10 +116,10 @@ def test_the_limit_of_a_step_grows_with_the_usual_step():
 
 def test_time_spent_saving_is_no_time_of_a_step():
     saving = []
-    for step in range(0, 40, 4):
-        begin = step * 25.0
-        saving += [(0, step, "step", begin), (0, step + 1, "step", begin + 1)]
-        saving += [(0, step + 1, "save", begin + 2), (0, step + 2, "step", begin + 98)]
+    for step in range(20):
+        begin = step * 100.0
+        saving += [(0, step, "step", begin), (0, step, "save", begin + 1)]
+        saving += [(0, step, "step", begin + 99)]
     watched = watch(*saving, num_processes=1)
     assert watched.limit_seconds("step") == 10
 
