@@ -104,7 +104,7 @@ class Stacks:
     Attributes:
       process_id: which.
       text: the Python stacks of all threads as faulthandler writes them (newest frame first, the
-        thread that holds the interpreter marked `Current thread`); "" when there are none.
+        main thread last, the one that took the signal marked `Current thread`); "" if none.
       state: the letter of its state in /proc (R, S, D, T, Z); "" when unknown.
     """
 

@@ -204,4 +204,6 @@ def _each(case: Case) -> str:
         if frames:
             places.setdefault(stacks.where(frames), []).append(process_id)
     most = sorted(places.items(), key=lambda item: -len(item[1]))[:3]
+    if len(places) < 2:
+        return ""
     return "; ".join(f"{listed(processes)} in {place}" for place, processes in most)

@@ -48,7 +48,7 @@ def judge(case: Case) -> Verdict:
             contract.EXIT_FAILED,
             message,
             guilty_host=host,
-            explanation=f"{message}: its host's agent ended without a word about it.",
+            explanation=f"{_sentence(message)} Its host's agent ended without a word about it.",
         )
     return Verdict("completed", contract.EXIT_DONE)
 
@@ -264,7 +264,7 @@ def _with_collateral(case: Case, verdict: Verdict) -> Verdict:
         number = "One other process" if len(others) == 1 else f"{len(others)} other processes"
         explanation += f" {number} ended because of it."
     if also:
-        explanation += f" Later failed, of themselves: {listed(also)}."
+        explanation += f" {_sentence(listed(also))[:-1]} failed too, but not first."
     return dataclasses.replace(verdict, explanation=explanation, collateral=tuple(sorted(others)))
 
 
