@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import contract, rundir
+from launch.logfile import LogReader
 
 _READ_BYTES = 1 << 18  # Most that is read of one log in one go.
 _BEHIND_BYTES = 1 << 21  # Further behind than this, the reader skips ahead.
@@ -19,40 +20,24 @@ _LINE_BYTES = 1 << 14  # A longer line is shown in parts.
 
 
 class LogFollower:
-    """Reads the lines that are added to one log, in bounded memory."""
+    """Reads the lines that are added to one log, through its rotation, in bounded memory."""
 
-    def __init__(self, path: Path, offset: int = 0):
-        """Start at byte `offset`."""
+    def __init__(self, path: Path, position: int = 0):
+        """Start at byte `position` of the process's output."""
         self.path = path
-        self._offset = offset
+        self._reader = LogReader(path, position)
         self._partial = b""
-        self._fd: int | None = None
 
     def read(self, last: bool = False) -> list[bytes]:
         """New lines, without their ends; `last` gives an unfinished one too."""
-        if self._fd is None:
-            try:
-                self._fd = os.open(self.path, os.O_RDONLY)
-            except FileNotFoundError:
-                return []
         lines: list[bytes] = []
-        behind = os.fstat(self._fd).st_size - self._offset
-        if behind > _BEHIND_BYTES:
-            skipped = behind - _TAIL_BYTES
-            self._offset += skipped
-            self._partial = b""
-            megabytes = skipped / 1e6
-            lines.append(f"[{megabytes:.1f} MB not shown; all of it is in {self.path}]".encode())
-            # The line on which it lands has lost its beginning.
-            start = os.pread(self._fd, _TAIL_BYTES, self._offset).find(b"\n") + 1
-            self._offset += start
-            behind -= skipped + start
-        while behind > 0:
-            data = os.pread(self._fd, min(_READ_BYTES, behind), self._offset)
-            if not data:
-                break
-            self._offset += len(data)
-            behind -= len(data)
+        end = self._reader.look()
+        if end - self._reader.position > _BEHIND_BYTES:
+            lines += self._skip_to(end - _TAIL_BYTES)
+        while data := self._reader.read(_READ_BYTES):
+            if self._reader.left_out:
+                lines.append(left_out(self._reader.left_out))
+                data = self._after_gap(data)
             *complete, self._partial = (self._partial + data).split(b"\n")
             lines += complete
             if len(self._partial) > _LINE_BYTES:
@@ -65,9 +50,33 @@ class LogFollower:
 
     def close(self) -> None:
         """Give the file back."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        self._reader.close()
+
+    def _skip_to(self, position: int) -> list[bytes]:
+        """Go on from there; returns the note that says so and the lines that follow at once."""
+        skipped = position - self._reader.position
+        self._reader.position = position
+        data = self._reader.read(_TAIL_BYTES)
+        # The line on which it lands has lost its beginning.
+        start = data.find(b"\n") + 1
+        self._partial = b""
+        *lines, self._partial = data[start:].split(b"\n")
+        skipped += start + self._reader.left_out
+        self._reader.left_out = 0
+        where = "all of it is in" if self._reader.start == 0 else "what is kept of it is in"
+        return [f"[{skipped / 1e6:.1f} MB not shown; {where} {self.path}]".encode(), *lines]
+
+    def _after_gap(self, data: bytes) -> bytes:
+        """What follows a gap, without the rest of the line that the gap has cut."""
+        self._reader.left_out = 0
+        self._partial = b""
+        return data[data.find(b"\n") + 1 :]
+
+
+def left_out(count: int) -> bytes:
+    """The line that stands for bytes of a log that are not kept."""
+    size = f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"
+    return f"[muster: {size} left out here]".encode()
 
 
 class Console:

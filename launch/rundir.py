@@ -64,7 +64,7 @@ class RunDir:
             "schema": contract.SCHEMA,
             "id": self.run_id,
             "name": self.name,
-            "user": _user(),
+            "user": user_name(),
             "host": os.uname().nodename,
             "created_at": self.created_at,
             **fields,
@@ -179,13 +179,28 @@ def stacks_path(attempt: Path, process_id: int) -> Path:
     return attempt / contract.STACKS / f"process-{process_id:05d}.txt"
 
 
+def exited_ids(attempt: Path) -> list[int]:
+    """The processes that have an exit record in this attempt."""
+    return _numbered(attempt, ".exit.json")
+
+
 def process_ids(attempt: Path) -> list[int]:
     """The processes that have a log in this attempt."""
-    try:
-        names = [name for name in os.listdir(attempt) if name.endswith(".log")]
-    except OSError:
-        return []
-    return sorted(int(n[8:-4]) for n in names if n.startswith("process-") and n[8:-4].isdigit())
+    return _numbered(attempt, ".log")
+
+
+def attempt_record(run: Path, number: int) -> dict[str, Any]:
+    """An attempt's record; its number alone where it cannot be read."""
+    record = read_record(attempt_path(run, number) / ATTEMPT_RECORD)
+    return record or {"attempt": number}
+
+
+def num_processes(run: Path, attempt: Mapping[str, Any]) -> int:
+    """How many processes an attempt had, of its record; those that have a log in an old one."""
+    count = attempt.get("num_processes")
+    if isinstance(count, int):
+        return count
+    return max(process_ids(attempt_path(run, attempt["attempt"])), default=-1) + 1
 
 
 def steps_reached(attempt: Path) -> dict[str, int | None]:
@@ -213,12 +228,36 @@ def owner(run: Path) -> dict[str, Any] | None:
     return None
 
 
+def last_owner(run: Path) -> dict[str, Any] | None:
+    """Who holds the run directory, or held it last; None if nobody ever did."""
+    try:
+        return _loads((run / LOCK_FILE).read_bytes()) or None
+    except OSError:
+        return None
+
+
+def is_dead(owner: Mapping[str, Any]) -> bool:
+    """Whether an owner is certainly gone: it was on this host, and no such process is there."""
+    pid = owner.get("pid")
+    return owner.get("host") == os.uname().nodename and isinstance(pid, int) and not _alive(pid)
+
+
 def read_record(path: Path) -> dict[str, Any] | None:
     """A JSON object from a file, or None."""
     try:
         return _loads(path.read_bytes()) or None
     except OSError:
         return None
+
+
+def _numbered(attempt: Path, end: str) -> list[int]:
+    try:
+        names = os.listdir(attempt)
+    except OSError:
+        return []
+    start = "process-"
+    numbers = (n[len(start) : -len(end)] for n in names if n.startswith(start) and n.endswith(end))
+    return sorted(int(number) for number in numbers if number.isdigit())
 
 
 def _lock(fd: int) -> bool:
@@ -251,8 +290,7 @@ def _close_abandoned(attempt: Path) -> None:
 def _taken(owner: Mapping[str, Any]) -> str:
     host, pid = owner.get("host"), owner.get("pid")
     who = f"run {owner.get('id')} on host {host}, process id {pid}"
-    gone = host == os.uname().nodename and isinstance(pid, int) and not _alive(pid)
-    if gone:
+    if is_dead(owner):
         return f"{who}, was killed and its processes are still being stopped; try again in 5 s"
     return f"is in use by {who}; wait for its end, stop it, or choose another --workdir"
 
@@ -280,7 +318,8 @@ def _write_private(path: Path, record: Mapping[str, Any]) -> None:
     contract.write_atomically(path, json.dumps(record, indent=1, default=str) + "\n", mode=0o600)
 
 
-def _user() -> str:
+def user_name() -> str:
+    """The user's name, or number where it has none."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
