@@ -85,14 +85,7 @@ class Console:
     On a terminal the lead's newest progress line stays in place.
     """
 
-    def __init__(
-        self,
-        attempt: Path,
-        num_processes: int,
-        shown: Sequence[int],
-        prefixed: bool,
-        held_back: bytes = b"",
-    ):
+    def __init__(self, shown: Sequence[int], prefixed: bool, held_back: bytes = b""):
         """Show the processes in `shown`; `prefixed` marks each line with its process.
 
         Lines that start with `held_back` wait for `show_held`: the launcher's last words may say
@@ -100,11 +93,21 @@ class Console:
         """
         self._held_back = held_back
         self._held: list[bytes] = []
-        self._num_processes = num_processes
+        self._shown = shown
+        self._num_processes = 0
         self._prefixed = prefixed
-        self._followers = {i: LogFollower(rundir.log_path(attempt, i)) for i in shown}
+        self._followers: dict[int, LogFollower] = {}
         self._in_place = sys.stdout.isatty() and not prefixed
         self._progress_shown = False
+
+    def follow(self, attempt: Path, num_processes: int) -> None:
+        """Go on with an attempt's logs."""
+        for follower in self._followers.values():
+            follower.close()
+        self._held = []
+        self._num_processes = num_processes
+        shown = [process_id for process_id in self._shown if process_id < num_processes]
+        self._followers = {i: LogFollower(rundir.log_path(attempt, i)) for i in shown}
 
     def show_new(self, last: bool = False) -> None:
         """Show what was logged since the last call."""
@@ -118,9 +121,9 @@ class Console:
 
     def show_held(self) -> None:
         """Show the lines that were held back."""
-        held, self._held, self._held_back = self._held, [], b""
+        held, self._held = self._held, []
         for line in held:
-            self._show(line)
+            self._show(line, hold=False)
         self._flush()
 
     def say(self, text: str) -> None:
@@ -131,10 +134,10 @@ class Console:
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
 
-    def _show(self, line: bytes) -> None:
+    def _show(self, line: bytes, hold: bool = True) -> None:
         if line.startswith(_NOISE) and not self._prefixed:
             return
-        if self._held_back and line.startswith(self._held_back):
+        if hold and self._held_back and line.startswith(self._held_back):
             self._held.append(line)
             return
         progress = self._in_place and line.startswith(contract.PROGRESS_PREFIX.encode())
@@ -182,24 +185,3 @@ def last_lines(path: Path, count: int) -> list[str]:
     except OSError:
         return []
     return [line for line in lines if line.strip()][-count:]
-
-
-def explain_failure(message: str, log: Path, config_error: bool, count: int = 20) -> str:
-    """What to tell the user about a failed process: who, how, its last words, where the rest is.
-
-    Args:
-      message: who failed and how.
-      log: the guilty process's log, the only one quoted.
-      config_error: the program said that its command or config is wrong; then its own last lines
-        that start with `error:` say it all.
-      count: how many last lines to quote otherwise.
-    """
-    lines = last_lines(log, 200 if config_error else count)
-    errors = [line for line in lines if line.lower().startswith("error:")]
-    if config_error and errors:
-        return "muster: " + errors[-1]
-    told = [f"muster: error: {message}"]
-    if lines:
-        told += ["muster: its last lines:", *(f"    {line}" for line in lines[-count:])]
-        told += [f"muster: full log: {log}"]
-    return "\n".join(told)

@@ -1,182 +1,272 @@
-"""Drives one attempt: agents' events to the supervisor, its actions to the agents."""
+"""The agents of one attempt: what they say as events, what they are told, how long they live."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import os
-import select
-import signal
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+import selectors
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from launch import agent, rundir
-from launch.backends import local
-from launch.console import Console
-from launch.supervise import (
+from launch import agent
+from launch.backends.local import AgentProcess
+from launch.events import (
     Event,
     Exited,
+    Failure,
     HostLost,
     NotStarted,
-    Stop,
-    StopRequested,
-    Supervisor,
-    Tick,
-    Verdict,
+    Progress,
+    Raised,
+    Stacks,
+    Started,
 )
 
-_POLL_SECONDS = 0.02  # Between two looks at the logs that are shown.
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# An agent counts its lease from before the controller sent it; this is for the ways in between.
+_LEASE_SLACK_SECONDS = 1.0
 
 
-@dataclasses.dataclass
-class _Connection:
-    """An agent and what was read from it."""
+class AgentClock:
+    """Converts an agent's steady clock to the controller's.
 
-    agent: local.AgentProcess
-    buffer: bytes = b""
-    done: bool = False
+    An answer that was asked for at `sent` and came at `received` was given in between: the shorter
+    the way, the better the estimate, so the best one is kept.
+    """
+
+    def __init__(self) -> None:
+        self._offset: float | None = None
+        self._error = float("inf")
+
+    def learn(self, sent: float, theirs: float, received: float) -> None:
+        """Take in one exchange."""
+        error = (received - sent) / 2
+        if error <= self._error:
+            self._offset, self._error = theirs - (sent + received) / 2, error
+
+    def ours(self, theirs: float, received: float) -> float:
+        """The controller's time of something that was reported at `received`; never after it."""
+        return received if self._offset is None else min(received, theirs - self._offset)
+
+
+class AgentLink:
+    """One agent, its input and output.
+
+    The next lease is sent only after the last one was answered. So the agent, which counts a lease
+    from its last answer, never lives longer on it than this side expects.
+    """
+
+    def __init__(self, process: AgentProcess, lease_seconds: float, now: float):
+        self.host = process.host
+        self.clock = AgentClock()
+        self.done = False
+        self._process = process
+        self._lease_seconds = lease_seconds
+        self._interval = min(1.0, lease_seconds / 5)
+        self._unsent = b""
+        self._unread = b""
+        self._asked_at: float | None = None  # When the lease that is not answered yet was sent.
+        self._lease_due = now  # The first at once: it also tells what the agent's clock says.
+        self.heard_at = now
+
+    @property
+    def fd(self) -> int:
+        """Readable when the agent has said something."""
+        assert self._process.popen.stdout is not None
+        return self._process.popen.stdout.fileno()
+
+    @property
+    def pid(self) -> int:
+        """The agent's process id on this machine."""
+        return self._process.popen.pid
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send one line. An agent that does not read must not hold up the others: what its pipe
+        does not take waits here, and an agent that is gone says so by its output."""
+        self._unsent += json.dumps(message).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is waiting, as far as it goes."""
+        assert self._process.popen.stdin is not None
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            while self._unsent:
+                sent = os.write(self._process.popen.stdin.fileno(), self._unsent)
+                self._unsent = self._unsent[sent:]
+
+    def renew(self, now: float) -> bool:
+        """Renew the lease when it is time; False when the agent has let it run out."""
+        if self._asked_at is not None:
+            return now < self._asked_at + self._lease_seconds + _LEASE_SLACK_SECONDS
+        if now >= self._lease_due:
+            self._asked_at = now
+            self.send({"command": "lease", "echo": now})
+        return True
+
+    def read(self, now: float) -> list[dict[str, Any]] | None:
+        """What the agent has said since the last call; None at its end."""
+        data = os.read(self.fd, 1 << 20)
+        if not data:
+            return None
+        self.heard_at = now
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        messages = [json.loads(line) for line in lines]
+        for message in messages:
+            if message["event"] == "pulse" and self._asked_at is not None:
+                self.clock.learn(message["echo"], message["time"], now)
+                self._lease_due = self._asked_at + self._interval
+                self._asked_at = None
+        return messages
+
+    def close_input(self) -> None:
+        """Let the agent see the end of its input: it then stops by itself."""
+        if self._process.popen.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.popen.stdin.close()
+
+    def end(self, others: Iterable[int]) -> None:
+        """Wait for an agent that closed its output, and clear up behind one that did not finish.
+
+        Args:
+          others: process ids of the agents that live on.
+        """
+        if not self.done:
+            self._process.popen.kill()
+        self.close_input()
+        if self._process.popen.stdout:
+            self._process.popen.stdout.close()
+        self._process.popen.wait()
+        if not self.done:
+            agent.kill_descendants(spare=list(others))
 
 
 class Gang:
-    """All agents of one attempt."""
+    """All agents of one attempt.
 
-    def __init__(self, supervisor: Supervisor, console: Console):
-        self._supervisor = supervisor
-        self._console = console
-        self._connections: dict[int, _Connection] = {}
-        self._stop_signals = 0
-        self._told_to_stop = False
+    Attributes:
+      pids: process id in the gang -> process id on its host.
+      progress: process id -> its newest report.
+      ended: the processes that have ended, or could not be started.
+      leftover: what could not be killed.
+    """
 
-    def run(self, plans: Sequence[Mapping[str, Any]], attempt: Path, lock_fd: int) -> Verdict:
-        """Start the agents and see the attempt through to its end."""
-        with self._catching_signals() as wakeup:
-            try:
-                for plan in plans:
-                    started = local.start_agent(plan, attempt, lock_fd)
-                    assert started.popen.stdout is not None
-                    self._connections[started.popen.stdout.fileno()] = _Connection(started)
-                # What a killed agent leaves behind comes to this process, which kills it.
-                agent.become_subreaper()
-                while self._connections:
-                    self._turn(wakeup)
-            finally:
-                self._let_go()
-        self._console.show_new(last=True)
-        return self._supervisor.verdict()
+    def __init__(self, selector: selectors.BaseSelector, lease_seconds: float):
+        self._selector = selector
+        self._lease_seconds = lease_seconds
+        self._links: dict[int, AgentLink] = {}
+        self.pids: dict[int, int] = {}
+        self.progress: dict[int, Progress] = {}
+        self.ended: set[int] = set()
+        self.leftover: list[int] = []
 
-    def _turn(self, wakeup: int) -> None:
-        """Wait a little for news, and deal with it."""
-        ready = select.select([wakeup, *self._connections], [], [], _POLL_SECONDS)[0]
-        events: list[Event] = []
-        if wakeup in ready:
-            os.read(wakeup, 4096)
-        for fd in ready:
-            if fd in self._connections:
-                events += self._read(fd)
-        while self._stop_signals:
-            self._stop_signals -= 1
-            events.append(StopRequested())
-        for event in [*events, Tick()]:
-            self._handle(event)
-        self._console.show_new()
+    def start(
+        self,
+        plans: Iterable[Mapping[str, Any]],
+        start_agent: Callable[[Mapping[str, Any]], AgentProcess],
+        now: float,
+    ) -> None:
+        """Start an agent for each plan."""
+        # What a killed agent leaves behind comes to this process, which kills it.
+        agent.become_subreaper()
+        for plan in plans:
+            link = AgentLink(start_agent(plan), self._lease_seconds, now)
+            self._links[link.fd] = link
+            self._selector.register(link.fd, selectors.EVENT_READ)
+            link.send(plan)
 
-    def _handle(self, event: Event) -> None:
-        for action in self._supervisor.handle(event, time.monotonic()):
-            command = "stop" if isinstance(action, Stop) else "kill"
-            for connection in self._connections.values():
-                connection.agent.send({"command": command})
-            if isinstance(event, StopRequested) and command == "stop":
-                self._console.say("muster: stopping; once more to kill at once")
-            elif command == "kill" and self._told_to_stop:
-                self._console.say(f"muster: killing what still runs: {action.reason}")
-            self._told_to_stop = self._told_to_stop or isinstance(event, StopRequested)
+    @property
+    def gone(self) -> bool:
+        """Whether no agent is left."""
+        return not self._links
 
-    def _read(self, fd: int) -> list[Event]:
-        """Take in what an agent says; the end of its output is its own end."""
-        connection = self._connections[fd]
-        data = os.read(fd, 65536)
-        *lines, connection.buffer = (connection.buffer + data).split(b"\n")
+    def read(self, fd: int, now: float) -> list[Event]:
+        """What an agent has to say; the end of its output is its own end."""
+        link = self._links.get(fd)
+        if link is None:
+            return []
+        messages = link.read(now)
+        if messages is None:
+            return self._ended(link, at=now)
+        return [event for message in messages for event in self._events(link, message, now)]
+
+    def beat(self, now: float) -> list[Event]:
+        """Renew the leases; agents that let theirs run out are lost."""
         events = []
-        for line in lines:
-            event = self._event(connection, json.loads(line))
-            events += [event] if event else []
-        if not data:
-            del self._connections[fd]
-            self._end(connection)
-            if not connection.done:
-                events.append(HostLost(connection.agent.host))
+        for link in list(self._links.values()):
+            link.flush()
+            if not link.renew(now):
+                events += self._ended(link, at=link.heard_at)
         return events
 
-    def _event(self, connection: _Connection, message: Mapping[str, Any]) -> Event | None:
-        kind = message["event"]
-        if kind == "exited":
-            how = message["exit_code"], message["signal"]
-            return Exited(message["process_id"], *how, ended_at=message["time"])
-        if kind == "not_started":
-            return NotStarted(message["process_id"], message["message"], message["time"])
-        if kind == "done":
-            connection.done = True
-            if message["leftover"]:
-                left = ", ".join(map(str, message["leftover"]))
-                self._console.say(f"muster: these processes could not be killed: {left}")
-        return None
+    def tell(self, command: str) -> None:
+        """Give all agents a command."""
+        for link in self._links.values():
+            link.send({"command": command})
 
-    def _end(self, connection: _Connection) -> None:
-        """Wait for an agent that closed its output, and clear up behind one that was killed."""
-        popen = connection.agent.popen
-        if not connection.done:
-            popen.kill()
-        for pipe in (popen.stdin, popen.stdout):
-            if pipe:
-                pipe.close()
-        popen.wait()
-        if not connection.done:
-            others = [other.agent.popen.pid for other in self._connections.values()]
-            agent.kill_descendants(spare=others)
-
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
         """After an error of our own: the agents see the end of input and stop by themselves."""
-        for connection in self._connections.values():
-            if connection.agent.popen.stdin:
-                connection.agent.popen.stdin.close()
+        for link in self._links.values():
+            link.close_input()
 
-    @contextmanager
-    def _catching_signals(self) -> Iterator[int]:
-        """Count stop signals instead of dying of them; gives a descriptor that they make ready."""
-        read_end, write_end = os.pipe()
-        os.set_blocking(write_end, False)
-        before = {}
+    def _ended(self, link: AgentLink, at: float) -> list[Event]:
+        self._selector.unregister(link.fd)
+        del self._links[link.fd]
+        link.end(others=[other.pid for other in self._links.values()])
+        return [] if link.done else [HostLost(link.host, at)]
 
-        def count(*_: object) -> None:
-            self._stop_signals += 1
+    def _events(self, link: AgentLink, message: Mapping[str, Any], now: float) -> list[Event]:
+        def at(theirs: float) -> float:
+            return link.clock.ours(theirs, now)
 
-        for number in _STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or `&` in a script
-                before[number] = signal.signal(number, count)
-        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        try:
-            yield read_end
-        finally:
-            signal.set_wakeup_fd(-1)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            os.close(read_end)
-            os.close(write_end)
+        kind = message["event"]
+        if kind == "pulse":
+            reports = [
+                Progress(process_id, step, phase, at(since))
+                for process_id, step, phase, since in message["progress"]
+            ]
+            self.progress.update({report.process_id: report for report in reports})
+            return list(reports)
+        if kind == "done":
+            link.done = True
+            self.leftover += message["leftover"]
+            return []
+        process_id = message["process_id"]
+        if kind == "started":
+            self.pids[process_id] = message["pid"]
+            return [Started(process_id)]
+        if kind in ("not_started", "exited"):
+            self.ended.add(process_id)
+        if kind == "not_started":
+            return [NotStarted(process_id, message["message"], at(message["time"]))]
+        if kind == "raised":
+            return [Raised(process_id, _failure(message["failure"], at))]
+        if kind == "stacks":
+            return [Stacks(process_id, message["text"], message["state"])]
+        assert kind == "exited", kind
+        return [_exited(message, at)]
 
 
-def agent_log(attempt: Path, host: str) -> Path:
-    """Where a host's agent complains."""
-    return attempt / f"agent-{host}.log"
+def _exited(message: Mapping[str, Any], at: Callable[[float], float]) -> Exited:
+    record = message["record"]
+    told_at = message["told_at"]
+    exception = record.get("exception")
+    return Exited(
+        message["process_id"],
+        record["exit_code"],
+        record["signal"],
+        ended_at=at(message["time"]),
+        told_at=None if told_at is None else at(told_at),
+        failure=_failure(exception, at) if exception else None,
+        oom_killed=record["oom_killed"],
+        last_lines=tuple(record["last_lines"]),
+    )
 
 
-def guilty_log(attempt: Path, verdict: Verdict) -> Path | None:
-    """The log that explains a verdict."""
-    if verdict.guilty_process is not None:
-        return rundir.log_path(attempt, verdict.guilty_process)
-    if verdict.guilty_host is not None:
-        return agent_log(attempt, verdict.guilty_host)
-    return None
+def _failure(record: Mapping[str, Any], at: Callable[[float], float]) -> Failure:
+    return Failure(
+        record["type"],
+        record["message"],
+        record["traceback"],
+        at(record["monotonic"]),
+        tuple(record.get("accuses", ())),
+    )

@@ -12,7 +12,7 @@ from launch.evidence import cannot_load, type_name
 from launch.spec import RestartPolicy
 
 _PREEMPTIONS = ("preempted", "time_limit", "host_lost")
-_NEVER = ("completed", "stopped")
+_NEVER = ("completed", "config", "stopped")
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+\b")
 _MAX_DOUBLINGS = 60  # More would not fit a float, and no wait is that long.
 
@@ -67,8 +67,6 @@ class Restarts:
         cause = outcome.verdict.cause
         if cause in _NEVER:
             return Retry(again=False)
-        if cause == "config":
-            return Retry(False, "not tried again: a wrong config stays wrong")
         if cannot_load(outcome.verdict.failure):
             return Retry(False, "not tried again: a program that cannot be loaded stays so")
         preempted = cause in _PREEMPTIONS

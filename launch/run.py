@@ -1,23 +1,30 @@
-"""`muster run`: check everything, then start one attempt and see it through."""
+"""`muster run`: check everything, then run the gang, or look on if it runs already."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import random
 import shlex
 import subprocess
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launch import contract, rundir
+from launch import attach, detach, registry, rundir
 from launch.backends import local
-from launch.console import Console, explain_failure
-from launch.gang import Gang, guilty_log
+from launch.console import Console
+from launch.controller import Backend, Controller
 from launch.program import Program, trainer_program, without_secrets
 from launch.spec import Cluster, ConfigError, cluster_spec, load_config, plain, train_spec
-from launch.supervise import Supervisor, Verdict
+from launch.supervise import Policy, Supervisor
+
+_AFTER_LEASE_SECONDS = 10.0  # How long a killed launcher's gang may take beyond its lease.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +116,9 @@ def dry_run(request: Request) -> None:
     number = rundir.next_attempt(request.workdir)
     print(f"# attempt {number} of {request.workdir}; PORT is chosen at the start")
     print(shlex.join(["cd", os.getcwd()]))
-    for plan in local.render(request.cluster, request.program, request.workdir, number, "PORT"):
+    hosts = local.host_names(request.cluster)
+    attempt = local.AttemptSpec(request.workdir, number, hosts, "PORT")
+    for plan in local.render(request.cluster, request.program, attempt):
         for process in plan["processes"]:
             num_processes = request.cluster.num_processes
             print(f"# process {process['process_id']}/{num_processes} on {plan['host']}")
@@ -119,66 +128,124 @@ def dry_run(request: Request) -> None:
             print(shlex.join([*words, *process["argv"]]))
 
 
-def run(request: Request) -> int:
-    """Run the gang; returns the exit code of `muster run`."""
-    run_dir = rundir.RunDir(request.workdir)
+def run(request: Request, detached: bool = False) -> int:
+    """Run the gang, attempt after attempt; returns the exit code of `muster run`.
+
+    Args:
+      request: what to run.
+      detached: give the terminal back as soon as the gang has started.
+    """
     if request.config is not None:
         rundir.check_config(request.workdir, request.config)
-    record = {
-        "command": list(request.command),
-        "program": list(request.program.argv),
-        "cwd": os.getcwd(),
-        "cluster": _cluster_record(request.cluster),
-        "code": None,
-    }
-    run_dir.write_run(**record)
-    attempt = run_dir.new_attempt(local.host_names(request.cluster))
+    run_dir = take(request)
+    if run_dir is None:
+        return attach.view(request.workdir, request.shown, request.prefixed)
+    if detached:
+        return detach.run(run_dir, lambda started: _control(request, run_dir, started))
+    return _control(request, run_dir, lambda: None)
+
+
+def take(request: Request) -> rundir.RunDir | None:
+    """Take the run directory; None when a launcher of the same run has it.
+
+    Raises:
+      ConfigError: what has it is another run, or it cannot be used.
+    """
+    limit = time.monotonic() + request.cluster.lease_seconds + _AFTER_LEASE_SECONDS
+    told = False
+    while True:
+        try:
+            return rundir.RunDir(request.workdir)
+        except rundir.InUseError as error:
+            if not error.abandoned:
+                attach.check_same(request.workdir, run_record(request), error)
+                return None
+            if time.monotonic() > limit:
+                raise
+            if not told:
+                told = True
+                print(
+                    "muster: the launcher of this run was killed; waiting until its processes "
+                    "are stopped",
+                    file=sys.stderr,
+                )
+            time.sleep(0.1)
+
+
+def _control(request: Request, run_dir: rundir.RunDir, started: Callable[[], None]) -> int:
+    """Be the controller of a run."""
+    cluster = request.cluster
+    record = run_record(request)
+    run_dir.write_run(**record, code=None)
+    registry.register(run_dir)
+    # Aside, because the gang need not wait for git.
+    version = threading.Thread(
+        target=lambda: run_dir.write_run(**record, code=code_version()), daemon=True
+    )
+
+    @contextmanager
+    def plans(hosts: Sequence[str], number: int) -> Iterator[list[dict[str, Any]]]:
+        with local.reserve_port() as reservation:
+            port = reservation.getsockname()[1]
+            attempt = local.AttemptSpec(run_dir.path, number, tuple(hosts), port)
+            yield local.render(cluster, request.program, attempt)
+
+    supervisor = Supervisor(
+        Policy(
+            hosts=local.host_names(cluster),
+            processes_per_host=cluster.processes_per_host,
+            grace_seconds=cluster.grace_seconds,
+            restart=cluster.restart,
+            watch=cluster.watch,
+            hosts_min=cluster.hosts_min,
+            fits=lambda hosts: fits(request, hosts),
+            reports=request.config is not None,
+            furthest_step=rundir.furthest_step(run_dir.path),
+            rng=random.Random(),
+        )
+    )
     console = Console(
-        attempt.path,
-        request.cluster.num_processes,
         request.shown,
         request.prefixed,
         # The trainer's word on a wrong config is the launcher's last one too.
         held_back=b"error: " if request.config is not None else b"",
     )
-    hosts = local.process_hosts(request.cluster)
-    supervisor = Supervisor(hosts, request.cluster.grace_seconds)
-    console.say(
-        f"muster: run {run_dir.name} ({run_dir.run_id}), attempt {attempt.number}: {len(hosts)} "
-        f"process{'es' * (len(hosts) > 1)}, {request.cluster.num_devices} devices; logs in "
-        f"{attempt.path}"
-    )
-    # Aside, because the gang need not wait for git.
-    version = threading.Thread(
-        target=lambda: run_dir.write_run(**{**record, "code": code_version()}), daemon=True
-    )
-    with local.reserve_port() as reservation:
-        port = reservation.getsockname()[1]
-        plans = local.render(request.cluster, request.program, run_dir.path, attempt.number, port)
-        version.start()
-        verdict = Gang(supervisor, console).run(plans, attempt.path, run_dir.lock_fd)
-    attempt.close(verdict.cause, verdict.message, verdict.guilty_process, verdict.guilty_host)
-    version.join(timeout=5)
-    run_dir.release()
-    if verdict.exit_code != contract.EXIT_CONFIG:
-        console.show_held()
-    console.say(_last_words(verdict, attempt.path))
-    return verdict.exit_code
+    backend = Backend(plans, local.start_agent, cluster.processes_per_host, cluster.lease_seconds)
+    version.start()
+    try:
+        return Controller(run_dir, supervisor, backend, console, started).run()
+    finally:
+        version.join(timeout=5)
+        run_dir.release()
 
 
-def _last_words(verdict: Verdict, attempt: Path) -> str:
-    """What the user is told at the end."""
-    log = guilty_log(attempt, verdict)
-    if log is not None:
-        config_error = verdict.exit_code == contract.EXIT_CONFIG
-        return explain_failure(verdict.message, log, config_error)
-    return f"muster: {verdict.cause}" + (f": {verdict.message}" if verdict.message else "")
+def fits(request: Request, hosts: int) -> bool:
+    """Whether the config can be trained by a gang on so many hosts."""
+    if request.config is None:
+        return True
+    try:
+        _check_config(request.config, dataclasses.replace(request.cluster, hosts=hosts))
+    except ConfigError:
+        return False
+    return True
+
+
+def run_record(request: Request) -> dict[str, Any]:
+    """What run.json says of how the run was started, as plain JSON."""
+    record = {
+        "command": list(request.command),
+        "program": list(request.program.argv),
+        "cwd": os.getcwd(),
+        "cluster": _cluster_record(request.cluster),
+    }
+    return json.loads(json.dumps(record, default=str))
 
 
 def _cluster_record(cluster: Cluster) -> dict[str, Any]:
     record = plain({f.name: getattr(cluster, f.name) for f in dataclasses.fields(cluster)})
     record["env"] = without_secrets(cluster.env)
-    record["restart"] = dataclasses.asdict(cluster.restart)
+    for section in ("restart", "watch"):
+        record[section] = dataclasses.asdict(getattr(cluster, section))
     return record
 
 

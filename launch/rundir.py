@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -13,10 +14,32 @@ from typing import Any
 
 from launch import contract
 from launch.agent import utc
+from launch.events import Retry, Verdict
 from launch.spec import ConfigError, check_same_run
 
 LOCK_FILE = "lock"
 ATTEMPT_RECORD = "attempt.json"
+
+
+class InUseError(ConfigError):
+    """Another launcher has the run directory.
+
+    Attributes:
+      owner: its id, host and pid.
+      abandoned: the launcher was killed, and its gang is being stopped by its agents.
+    """
+
+    def __init__(self, owner: Mapping[str, Any], path: Path):
+        self.owner = owner
+        self.abandoned = is_dead(owner)
+        who = f"run {owner.get('id')} on host {owner.get('host')}, process id {owner.get('pid')}"
+        super().__init__(
+            "workdir",
+            f"{who}, was killed and its processes are still not stopped; look at them there"
+            if self.abandoned
+            else f"is in use by {who}; wait for its end, stop it, or choose another --workdir",
+            str(path),
+        )
 
 
 class RunDir:
@@ -45,13 +68,18 @@ class RunDir:
         if not _lock(self.lock_fd):
             owner = _loads(os.pread(self.lock_fd, 65536, 0))
             os.close(self.lock_fd)
-            raise ConfigError("workdir", _taken(owner), str(self.path)) from None
+            raise InUseError(owner, self.path)
         record = read_record(self.path / contract.RUN_RECORD) or {}
         self.run_id = record.get("id") or f"{time.strftime('%Y%m%d')}-{os.urandom(3).hex()}"
         self.created_at = record.get("created_at") or utc(time.time())
+        self.write_owner()
+
+    def write_owner(self) -> None:
+        """Say in the lock that this process holds it; a child that goes on alone says so too."""
         owner = {"id": self.run_id, "host": os.uname().nodename, "pid": os.getpid()}
-        os.ftruncate(self.lock_fd, 0)
-        os.pwrite(self.lock_fd, json.dumps(owner).encode() + b"\n", 0)
+        text = json.dumps(owner).encode() + b"\n"
+        os.pwrite(self.lock_fd, text, 0)
+        os.ftruncate(self.lock_fd, len(text))
 
     @property
     def name(self) -> str:
@@ -75,7 +103,7 @@ class RunDir:
         """Give the directory back, as far as this process is concerned."""
         os.close(self.lock_fd)
 
-    def new_attempt(self, hosts: list[str]) -> Attempt:
+    def new_attempt(self, hosts: list[str], processes_per_host: int = 1) -> Attempt:
         """Open the next attempt; one that its launcher never closed is closed first."""
         number = next_attempt(self.path)
         if number:
@@ -83,15 +111,20 @@ class RunDir:
         path = attempt_path(self.path, number)
         path.mkdir(mode=0o700, parents=True)
         (path / contract.STACKS).mkdir(mode=0o700)
-        return Attempt(path, number, hosts)
+        return Attempt(path, number, hosts, processes_per_host)
 
 
 class Attempt:
-    """One start of the whole gang, and its record."""
+    """One start of the whole gang, and its record.
 
-    def __init__(self, path: Path, number: int, hosts: list[str]):
+    Attributes:
+      process_hosts: each process's host, by process id.
+    """
+
+    def __init__(self, path: Path, number: int, hosts: list[str], processes_per_host: int = 1):
         self.path = path
         self.number = number
+        self.process_hosts = [host for host in hosts for _ in range(processes_per_host)]
         self._record: dict[str, Any] = {
             "schema": contract.SCHEMA,
             "attempt": number,
@@ -104,24 +137,41 @@ class Attempt:
             "started_at": utc(time.time()),
             "ended_at": None,
             "hosts": hosts,
+            "num_processes": self.num_processes,
             "backend_ids": [],
         }
         self.write()
+
+    @property
+    def num_processes(self) -> int:
+        """Members of the gang."""
+        return len(self.process_hosts)
 
     def write(self, **fields: Any) -> None:
         """Write attempt.json with these fields changed."""
         self._record.update(fields)
         _write_private(self.path / ATTEMPT_RECORD, self._record)
 
-    def close(
-        self, cause: str, message: str, guilty_process: int | None, guilty_host: str | None
-    ) -> None:
+    def close(self, verdict: Verdict, retry: Retry) -> None:
         """Record the end."""
+        failure = verdict.failure
         self.write(
-            cause=cause,
-            message=message,
-            guilty_process=guilty_process,
-            guilty_host=guilty_host,
+            cause=verdict.cause,
+            exit_code=verdict.exit_code,
+            message=verdict.message,
+            explanation=verdict.explanation,
+            guilty_process=verdict.guilty_process,
+            guilty_host=verdict.guilty_host,
+            exception=None
+            if failure is None
+            else {
+                "type": failure.type,
+                "message": failure.message,
+                "traceback": failure.traceback,
+            },
+            last_lines=list(verdict.last_lines),
+            collateral=list(verdict.collateral),
+            retry=dataclasses.asdict(retry),
             ended_at=utc(time.time()),
             **steps_reached(self.path),
         )
@@ -174,6 +224,11 @@ def failure_path(attempt: Path, process_id: int) -> Path:
     return attempt / f"process-{process_id:05d}.failure.json"
 
 
+def agent_log_path(attempt: Path, host: str) -> Path:
+    """Where a host's agent complains."""
+    return attempt / f"agent-{host}.log"
+
+
 def stacks_path(attempt: Path, process_id: int) -> Path:
     """Where a process's Python stacks are written."""
     return attempt / contract.STACKS / f"process-{process_id:05d}.txt"
@@ -203,14 +258,25 @@ def num_processes(run: Path, attempt: Mapping[str, Any]) -> int:
     return max(process_ids(attempt_path(run, attempt["attempt"])), default=-1) + 1
 
 
-def steps_reached(attempt: Path) -> dict[str, int | None]:
-    """First and last step that the lead process, or else any, has reported."""
+def steps_reached(attempt: Path) -> dict[str, Any]:
+    """First and last step that the lead process, or else any, has reported, and how many seconds
+    it has spent in each phase; as fields of an attempt's record."""
     for process_id in process_ids(attempt):
         progress = read_record(progress_path(attempt, process_id))
         if progress and isinstance(progress.get("step"), int):
-            first = progress.get("first_step", progress["step"])
-            return {"first_step": first, "last_step": progress["step"]}
-    return {"first_step": None, "last_step": None}
+            return {
+                "first_step": progress.get("first_step", progress["step"]),
+                "last_step": progress["step"],
+                "phase_seconds": progress.get("seconds", {}),
+            }
+    return {"first_step": None, "last_step": None, "phase_seconds": {}}
+
+
+def furthest_step(run: Path) -> int | None:
+    """The furthest step that any attempt has reported; None when none did."""
+    records = [read_record(attempt_path(run, n) / ATTEMPT_RECORD) for n in attempt_numbers(run)]
+    steps = [record.get("last_step") for record in records if record]
+    return max((step for step in steps if isinstance(step, int)), default=None)
 
 
 def owner(run: Path) -> dict[str, Any] | None:
@@ -285,14 +351,6 @@ def _close_abandoned(attempt: Path) -> None:
         **steps_reached(attempt),
     )
     _write_private(attempt / ATTEMPT_RECORD, record)
-
-
-def _taken(owner: Mapping[str, Any]) -> str:
-    host, pid = owner.get("host"), owner.get("pid")
-    who = f"run {owner.get('id')} on host {host}, process id {pid}"
-    if is_dead(owner):
-        return f"{who}, was killed and its processes are still being stopped; try again in 5 s"
-    return f"is in use by {who}; wait for its end, stop it, or choose another --workdir"
 
 
 def _alive(pid: int) -> bool:

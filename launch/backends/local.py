@@ -7,7 +7,6 @@ what was rendered.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import socket
 import subprocess
@@ -22,17 +21,13 @@ from launch.spec import Cluster
 
 # How long a process may take to end once the launcher is gone; within its promise of 10 seconds.
 OWNER_GONE_GRACE_SECONDS = 5.0
+HOOK_DIRECTORY = Path(agent.__file__).parent / "hook"
 _LOOPBACK = "127.0.0.1"
 
 
-def host_names(cluster: Cluster) -> list[str]:
+def host_names(cluster: Cluster) -> tuple[str, ...]:
     """Names of the hosts in messages and records."""
-    return [f"local{index}" for index in range(cluster.hosts)]
-
-
-def process_hosts(cluster: Cluster) -> list[str]:
-    """The host of each process, by process id."""
-    return [host for host in host_names(cluster) for _ in range(cluster.processes_per_host)]
+    return tuple(f"local{index}" for index in range(cluster.hosts))
 
 
 def reserve_port() -> socket.socket:
@@ -48,27 +43,49 @@ def reserve_port() -> socket.socket:
     return reservation
 
 
-def process_env(
-    cluster: Cluster, run_dir: Path, attempt: int, process_id: int, port: int | str
-) -> dict[str, str]:
+@dataclasses.dataclass(frozen=True)
+class AttemptSpec:
+    """One attempt, as it is to be started.
+
+    Attributes:
+      run_dir: the run directory, absolute.
+      number: the attempt's.
+      hosts: those of this attempt, which may be fewer than the cluster's.
+      port: of process 0's service; a word in its place when nothing is to be started.
+    """
+
+    run_dir: Path
+    number: int
+    hosts: tuple[str, ...]
+    port: int | str
+
+    @property
+    def path(self) -> Path:
+        """The attempt's directory."""
+        return rundir.attempt_path(self.run_dir, self.number)
+
+
+def process_env(cluster: Cluster, attempt: AttemptSpec, process_id: int) -> dict[str, str]:
     """The environment that one process gets over the launcher's own."""
-    local_id = process_id % cluster.processes_per_host
-    address = f"{_LOOPBACK}:{port}"
-    attempt_dir = rundir.attempt_path(run_dir, attempt)
+    host_index, local_id = divmod(process_id, cluster.processes_per_host)
+    num_processes = str(len(attempt.hosts) * cluster.processes_per_host)
+    address = f"{_LOOPBACK}:{attempt.port}"
     return {
-        contract.RUN_DIR: str(run_dir),
-        contract.ATTEMPT: str(attempt),
+        contract.RUN_DIR: str(attempt.run_dir),
+        contract.ATTEMPT: str(attempt.number),
         contract.COORDINATOR_ADDRESS: address,
-        contract.NUM_PROCESSES: str(cluster.num_processes),
+        contract.NUM_PROCESSES: num_processes,
         contract.PROCESS_ID: str(process_id),
         contract.LOCAL_PROCESS_ID: str(local_id),
-        contract.HOST: process_hosts(cluster)[process_id],
+        contract.HOST: attempt.hosts[host_index],
         contract.DEVICES_PER_PROCESS: str(cluster.devices_per_process),
-        contract.PROGRESS_FILE: str(rundir.progress_path(attempt_dir, process_id)),
+        contract.PROGRESS_FILE: str(rundir.progress_path(attempt.path, process_id)),
+        contract.FAILURE_FILE: str(rundir.failure_path(attempt.path, process_id)),
+        contract.STACKS_FILE: str(rundir.stacks_path(attempt.path, process_id)),
         # What jax.distributed.initialize() without arguments looks for: Open MPI comes first in
         # its search. On a GPU host it would take one device, its local rank's, without the ids.
         "OMPI_MCA_orte_hnp_uri": f"0.0;tcp://{address}",
-        "OMPI_COMM_WORLD_SIZE": str(cluster.num_processes),
+        "OMPI_COMM_WORLD_SIZE": num_processes,
         "OMPI_COMM_WORLD_RANK": str(process_id),
         "OMPI_COMM_WORLD_LOCAL_RANK": str(local_id),
         "JAX_COORDINATOR_ADDRESS": address,
@@ -88,33 +105,23 @@ def process_env(
     }
 
 
-def render(
-    cluster: Cluster, program: Program, run_dir: Path, attempt: int, port: int | str
-) -> list[dict[str, Any]]:
+def render(cluster: Cluster, program: Program, attempt: AttemptSpec) -> list[dict[str, Any]]:
     """The plan of each host's agent (see launch.agent), in order of hosts.
 
     Args:
-      cluster: how many hosts and processes.
+      cluster: how many processes on a host, and how they are kept.
       program: what every process runs.
-      run_dir: the run directory, absolute.
-      attempt: its number.
-      port: of process 0's service; a word in its place when nothing is to be started.
+      attempt: where.
     """
-    attempt_dir = rundir.attempt_path(run_dir, attempt)
     plans = []
-    for index, host in enumerate(host_names(cluster)):
+    for index, host in enumerate(attempt.hosts):
         first = index * cluster.processes_per_host
         processes = [
             {
+                **_files(attempt.path, process_id),
                 "process_id": process_id,
                 "argv": list(program.argv),
-                "env": {
-                    **process_env(cluster, run_dir, attempt, process_id, port),
-                    **program.env,
-                },
-                "log": str(rundir.log_path(attempt_dir, process_id)),
-                "exit_record": str(rundir.exit_path(attempt_dir, process_id)),
-                "progress": str(rundir.progress_path(attempt_dir, process_id)),
+                "env": {**process_env(cluster, attempt, process_id), **program.env},
             }
             for process_id in range(first, first + cluster.processes_per_host)
         ]
@@ -122,11 +129,25 @@ def render(
             {
                 "schema": contract.SCHEMA,
                 "host": host,
+                "lease_seconds": cluster.lease_seconds,
                 "max_grace_seconds": min(cluster.grace_seconds, OWNER_GONE_GRACE_SECONDS),
+                "max_log_bytes": cluster.max_log_bytes,
+                "hook": str(HOOK_DIRECTORY),
                 "processes": processes,
             }
         )
     return plans
+
+
+def _files(attempt: Path, process_id: int) -> dict[str, str]:
+    """Where one process's traces are kept."""
+    return {
+        "log": str(rundir.log_path(attempt, process_id)),
+        "exit_record": str(rundir.exit_path(attempt, process_id)),
+        "progress": str(rundir.progress_path(attempt, process_id)),
+        "failure": str(rundir.failure_path(attempt, process_id)),
+        "stacks": str(rundir.stacks_path(attempt, process_id)),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,31 +157,24 @@ class AgentProcess:
     host: str
     popen: subprocess.Popen[bytes]
 
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send one line; does nothing if the agent is gone, which its output will tell."""
-        assert self.popen.stdin is not None
-        try:
-            self.popen.stdin.write(json.dumps(message).encode() + b"\n")
-            self.popen.stdin.flush()
-        except BrokenPipeError:
-            pass
-
 
 def start_agent(plan: Mapping[str, Any], attempt_dir: Path, lock_fd: int) -> AgentProcess:
     """Start an agent in a session of its own, so that a terminal's Ctrl-C does not reach it.
+
+    Its input does not block, and waits for a plan.
 
     Args:
       plan: what `render` made for this host.
       attempt_dir: where the agent's own complaints are kept.
       lock_fd: the run directory's lock, which the agent holds until its end.
     """
-    complaints = os.open(
-        attempt_dir / f"agent-{plan['host']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600
-    )
+    path = rundir.agent_log_path(attempt_dir, plan["host"])
+    complaints = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         popen = subprocess.Popen(
             # Isolated and without site packages: a bare interpreter starts twice as fast.
             [sys.executable, "-I", "-S", agent.__file__],
+            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,
@@ -169,6 +183,6 @@ def start_agent(plan: Mapping[str, Any], attempt_dir: Path, lock_fd: int) -> Age
         )
     finally:
         os.close(complaints)
-    started = AgentProcess(plan["host"], popen)
-    started.send(plan)
-    return started
+    assert popen.stdin is not None
+    os.set_blocking(popen.stdin.fileno(), False)
+    return AgentProcess(plan["host"], popen)

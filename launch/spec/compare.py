@@ -40,15 +40,20 @@ class Difference:
         return f"{self.field}: {self.old!r} there, {self.new!r} now"
 
 
-def compare_configs(old: Any, new: Any) -> list[Difference]:
-    """List the fields in which two configs (ConfigDicts, or mappings as read from JSON) differ."""
+def compare_configs(old: Any, new: Any, name: str = "config") -> list[Difference]:
+    """List the fields in which two configs (ConfigDicts, or mappings as read from JSON) differ.
+
+    Args:
+      old, new: the two.
+      name: what the fields' names begin with.
+    """
     old_fields, new_fields = dict(_flatten(_as_json(old))), dict(_flatten(_as_json(new)))
     differences = []
-    for name in sorted(old_fields.keys() | new_fields.keys()):
-        before, after = old_fields.get(name, _ABSENT), new_fields.get(name, _ABSENT)
+    for field in sorted(old_fields.keys() | new_fields.keys()):
+        before, after = old_fields.get(field, _ABSENT), new_fields.get(field, _ABSENT)
         if before != after or isinstance(before, bool) != isinstance(after, bool):
-            allowed = SPEED_OR_LENGTH.fullmatch(name) is not None
-            differences.append(Difference(f"config.{name}", before, after, allowed))
+            allowed = SPEED_OR_LENGTH.fullmatch(field) is not None
+            differences.append(Difference(f"{name}.{field}", before, after, allowed))
     return differences
 
 

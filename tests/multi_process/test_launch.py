@@ -143,7 +143,7 @@ def test_the_first_process_to_fail_stops_the_gang_and_is_named_without_the_noise
     )
     done = muster.run("--process=1", program=program)
     assert done.returncode == 1
-    assert "process 1/2 on local0 exited with code 1" in done.stderr
+    assert "process 1/2 on local0 failed" in done.stderr
     assert "ValueError: the real reason" in done.stderr
     assert str(rundir.log_path(rundir.attempt_path(muster.workdir, 0), 1)) in done.stderr
     assert "noise of process 0" not in done.stderr
@@ -251,11 +251,9 @@ def test_a_killed_launcher_leaves_nothing_and_the_next_run_says_what_became_of_i
     assert len(muster.left()) > 6  # Two processes with two children each, and the agent.
     process.kill()
     process.communicate()
-    too_soon = muster.run(program="print('too soon')")
-    assert too_soon.returncode == 2
-    assert "was killed and its processes are still being stopped" in too_soon.stderr
-    wait_until(lambda: not muster.left(), "everything to be gone", seconds=10)
-    assert muster.run(program="print('again')").returncode == 0
+    again = muster.run(program="print('again')")
+    assert "the launcher of this run was killed; waiting until" in again.stderr
+    assert (again.returncode, again.stdout) == (0, "again\n")
     assert (muster.attempt(0)["cause"], muster.attempt(1)["cause"]) == ("killed", "completed")
 
 
@@ -308,16 +306,35 @@ def _stderr_name(pid: int) -> bytes:
     return os.readlink(f"/proc/{pid}/fd/2").encode()
 
 
-def test_a_second_run_on_one_workdir_is_refused_with_the_id_and_host_of_the_first(muster):
+def test_another_run_on_a_workdir_in_use_is_refused_with_who_has_it_and_what_differs(muster):
     process = start_and_wait(muster, GRACEFUL)
-    second = muster.run(program=GRACEFUL)
+    second = muster.run("--cluster.env.MODE=fast", program=GRACEFUL)
     assert second.returncode == 2
     owner = rundir.owner(muster.workdir)
     assert owner is not None
     assert f"run {owner['id']} on host {os.uname().nodename}" in second.stderr
+    assert "cluster.env.MODE: '(absent)' there, 'fast' now" in second.stderr
     assert len(second.stderr.splitlines()) == 1
     process.terminate()
     process.communicate(timeout=60)
+    assert rundir.attempt_numbers(muster.workdir) == [0]
+
+
+def test_the_same_command_again_looks_on_and_ends_with_the_runs_exit_code(muster):
+    process = start_and_wait(muster, GRACEFUL)
+    viewers = [muster.start(program=GRACEFUL, process_group=0) for _ in range(2)]
+    for viewer in viewers:
+        assert viewer.stdout is not None
+        assert viewer.stdout.readline() == "ready\n"
+    viewers[0].send_signal(signal.SIGINT)  # Ends the looking on alone.
+    _, err = viewers[0].communicate(timeout=60)
+    assert "the run goes on" in err
+    assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=60)
+    out, err = viewers[1].communicate(timeout=60)
+    assert (viewers[1].returncode, out) == (75, "saved\n"), err
+    assert "stopped; start the same command again" in err
     assert rundir.attempt_numbers(muster.workdir) == [0]
 
 

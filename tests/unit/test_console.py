@@ -1,9 +1,9 @@
-"""Following logs in bounded memory, and quoting the guilty process."""
+"""Following logs in bounded memory."""
 
 from __future__ import annotations
 
 from launch import rundir
-from launch.console import Console, LogFollower, explain_failure, last_lines
+from launch.console import Console, LogFollower, last_lines
 
 
 def test_lines_come_once_and_an_unfinished_one_waits_for_its_end(tmp_path):
@@ -47,19 +47,12 @@ def test_the_last_lines_of_a_large_log_are_found(tmp_path):
     assert last_lines(tmp_path / "none", 2) == []
 
 
-def test_a_config_error_is_told_in_the_programs_own_last_error_line(tmp_path):
-    log = tmp_path / "log"
-    log.write_text("noise\nerror: config.x=1: must be 2\n")
-    assert explain_failure("who", log, config_error=True) == "muster: error: config.x=1: must be 2"
-    log.write_text("noise\n")
-    assert "who" in explain_failure("who", log, config_error=True)
-
-
 def test_lines_held_back_come_when_they_are_asked_for_and_not_before(tmp_path, capfdbinary):
     log = rundir.log_path(tmp_path, 0)
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_bytes(b"one\nerror: two\nthree\n")
-    console = Console(tmp_path, 1, [0], prefixed=False, held_back=b"error: ")
+    console = Console([0], prefixed=False, held_back=b"error: ")
+    console.follow(tmp_path, 1)
     console.show_new(last=True)
     assert capfdbinary.readouterr().out == b"one\nthree\n"
     console.show_held()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import launch.agent
+from launch import contract
 from launch.backends import local
 from launch.program import Program
 from launch.spec import cluster_spec
@@ -32,7 +33,10 @@ def rendered() -> str:
         }
     )
     program = Program(("python", "-m", "trainer.main"), {"PYTHONPATH": "/code"})
-    plans = local.render(cluster, program, Path("/runs/one"), 7, 4242)
+    attempt = local.AttemptSpec(Path("/runs/one"), 7, local.host_names(cluster), 4242)
+    plans = local.render(cluster, program, attempt)
+    for plan in plans:
+        plan["hook"] = str(Path(plan["hook"]).relative_to(ROOT))
     return json.dumps(plans, indent=1) + "\n"
 
 
@@ -40,6 +44,18 @@ def test_the_local_plan_is_the_recorded_one():
     want, got = GOLDEN.read_text(), rendered()
     changes = difflib.unified_diff(want.splitlines(), got.splitlines(), "recorded", "rendered")
     assert got == want, "\n".join([*changes, f"If it is meant, record it anew: {RECORD}"])
+
+
+def test_an_attempt_with_fewer_hosts_numbers_its_processes_anew():
+    cluster = cluster_spec({"backend": "local", "hosts": 3, "processes_per_host": 2})
+    attempt = local.AttemptSpec(Path("/runs/one"), 1, ("local0", "local2"), 4242)
+    plans = local.render(cluster, Program(("true",)), attempt)
+    envs = [process["env"] for plan in plans for process in plan["processes"]]
+    assert [plan["host"] for plan in plans] == ["local0", "local2"]
+    assert [env[contract.PROCESS_ID] for env in envs] == ["0", "1", "2", "3"]
+    assert [env[contract.HOST] for env in envs] == ["local0"] * 2 + ["local2"] * 2
+    assert {env[contract.NUM_PROCESSES] for env in envs} == {"4"}
+    assert {env["OMPI_COMM_WORLD_SIZE"] for env in envs} == {"4"}
 
 
 def test_the_agent_needs_only_the_standard_library_and_python_3_9():

@@ -1,0 +1,86 @@
+"""One process of four ruins the gang, in every way we know: the right one is named, with the right
+cause, soon, and nothing is left."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import rundir
+from tests.testing import faults
+from tests.testing.gangs import ROOT, MusterCommand
+
+# Short limits, so that hangs are seen soon; docs/watching.md tells the times.
+WATCH = {
+    "start_seconds": 8.0,
+    "init_seconds": 60.0,
+    "compile_seconds": 25.0,
+    "data_seconds": 4.0,
+    "step_min_seconds": 4.0,
+    "step_medians": 5.0,
+}
+CAUSES = {
+    "raise": "exception",
+    "kill": "killed",
+    "stop": "hang",
+    "sleep": "hang",
+    "spin": "hang",
+    "leave": "exception",
+    "oom": "oom",
+    "import": "exception",
+    "absent": "start_timeout",
+}
+# What the user must be told.
+WORDS = {
+    "raise": "ValueError: the raise fault",
+    "kill": "SIGKILL",
+    "stop": "stopped",
+    "sleep": "befall",
+    "spin": "befall",
+    "leave": "exit code 0",
+    "oom": "memory",
+    "import": "ValueError: the import fault",
+    "absent": "never reported",
+}
+
+
+class FourProcesses(MusterCommand):
+    """Four processes on two hosts, of which one has a fault."""
+
+    def __init__(self, folder: Path, **cluster: Any):
+        shape = {"hosts": 2, "processes_per_host": 2, "devices_per_process": 1}
+        super().__init__(folder, **{**shape, "watch": WATCH, "grace_seconds": 5.0, **cluster})
+
+    def check(self, fault: str, done: Any) -> None:
+        """The verdict is told and recorded, and nothing is left."""
+        self.check_nothing_is_left()
+        text = f"{done.stdout}\n{done.stderr}"
+        record = self.attempt()
+        assert (record["cause"], record["guilty_process"]) == (CAUSES[fault], faults.GUILTY), text
+        assert record["guilty_host"] == "local1"
+        assert done.returncode == 1
+        assert f"process {faults.GUILTY}/4 on local1" in done.stderr
+        assert WORDS[fault] in done.stderr, text
+        assert WORDS[fault] in record["explanation"] + record["message"], record
+        for process_id in range(4):
+            path = rundir.exit_path(rundir.attempt_path(self.workdir, 0), process_id)
+            ended = rundir.read_record(path)
+            assert ended is not None
+            assert ended["process_id"] == process_id
+
+
+@pytest.mark.parametrize("fault", [*faults.AT_START, *faults.IN_LOOP])
+def test_of_four_processes_that_sum_the_one_with_the_fault_is_named(fault, tmp_path):
+    muster = FourProcesses(tmp_path)
+    program = ["--", sys.executable, "-m", "tests.testing.faults", fault]
+    muster.check(fault, muster.run(*program))
+
+
+@pytest.mark.parametrize("fault", [*faults.AT_START, *faults.IN_LOOP])
+def test_of_four_processes_that_train_the_one_with_the_fault_is_named(fault, tmp_path):
+    muster = FourProcesses(tmp_path)
+    config = f"--config={ROOT}/tests/testing/faults.py:{fault}"
+    muster.check(fault, muster.run(config))

@@ -1,0 +1,132 @@
+"""What can befall one process of a gang, on purpose: named faults, and programs that have them.
+
+`muster run ... -- python -m tests.testing.faults FAULT` is a gang that computes a sum over all
+processes at every step; the task `tests.testing.faults:Faulty` is a training. Process 2 is the one
+that it befalls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from launch import contract
+from tests.testing import tiny
+from trainer.data.sources import training_order
+
+GUILTY = 2
+AT_STEP = 5
+# In the loop, after some steps.
+IN_LOOP = ("raise", "kill", "stop", "sleep", "spin", "leave", "oom")
+# Before the gang has come together.
+AT_START = ("import", "absent")
+
+
+def befall(fault: str) -> None:
+    """Let it happen to this process, here and now."""
+    if fault in ("raise", "import"):
+        raise ValueError(f"the {fault} fault")
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault in ("sleep", "absent"):
+        time.sleep(10_000)
+    elif fault == "spin":
+        # PyDLL keeps the interpreter's lock: no other thread of Python's runs any more.
+        ctypes.PyDLL(None).sleep(10_000)
+    elif fault == "leave":
+        os._exit(0)
+    elif fault == "oom":
+        _eat_memory()
+
+
+def _eat_memory() -> None:
+    """Ask for memory until the limit of this process refuses it."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), used + (1 << 28)))
+    kept = []
+    while True:
+        kept.append(np.ones(1 << 23, np.uint8))
+
+
+def is_guilty() -> bool:
+    """Is this the process that it befalls?"""
+    return os.environ.get(contract.PROCESS_ID) == str(GUILTY)
+
+
+def main(fault: str, num_steps: int = 100_000) -> None:
+    """A sum over all processes, step after step."""
+    if fault in AT_START and is_guilty():
+        befall(fault)
+    contract.report_progress(0, "init")
+    import jax
+    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    jax.distributed.initialize()
+    mesh = Mesh(jax.devices(), ("data",))
+    ones = jax.make_array_from_callback(
+        (jax.device_count(),), NamedSharding(mesh, P("data")), lambda _: np.ones(1, np.float32)
+    )
+    total = jax.jit(jax.numpy.sum, out_shardings=NamedSharding(mesh, P()))
+    for step in range(num_steps):
+        contract.report_progress(step, "data")
+        if step == AT_STEP and is_guilty():
+            befall(fault)
+        contract.report_progress(step, "step")
+        assert float(total(ones)) == jax.device_count()
+        time.sleep(0.01)
+
+
+class Rows(tiny.Rows):
+    """Rows of which one cannot be had on the guilty process."""
+
+    def __init__(self, num_rows: int, fault: str, first_bad_read: int):
+        super().__init__(num_rows)
+        self._fault = fault
+        self._reads_left = first_bad_read
+
+    def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
+        self._reads_left -= 1
+        if self._reads_left < 0 and is_guilty():
+            befall(self._fault)
+        return super().__getitem__(index)
+
+
+class Faulty(tiny.Witness):
+    """The witness, which reads some batches before it befalls it."""
+
+    def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any]):
+        super().__init__(model, data)
+        if data["fault"] in AT_START and is_guilty():
+            befall(data["fault"])
+
+    def train_data(self, seed: int) -> grain.MapDataset:
+        data = self.data_config
+        return training_order(Rows(data["num_rows"], data["fault"], data["good_reads"]), seed)
+
+
+def get_config(fault: str) -> Any:
+    """A long training with a fault."""
+    config = tiny.get_config("witness")
+    config.task = "tests.testing.faults:Faulty"
+    config.data.fault = fault
+    config.data.good_reads = 4 * (AT_STEP + 2)
+    config.num_steps = 100_000
+    config.checkpoint.every_steps = 2
+    return config
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
