@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["launch*", "trainer*", "configs*"]),
+    package_data={"launch": ["hook/*.py"]},
     install_requires=[
         "jax>=0.10.0",
         "flax>=0.12.8",

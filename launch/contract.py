@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
+import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 
 SCHEMA = 1  # Of every record that Muster writes; raised when a reader must be changed.
 
@@ -117,20 +120,155 @@ def membership(env: Mapping[str, str] | None = None) -> Membership | None:
 def report_progress(step: int, phase: str = "step", **extra: object) -> None:
     """Tell the launcher how far this process is. Does nothing outside of a gang.
 
+    It takes a few microseconds, so a training may call it at every step: one write into a file that
+    stays open. A file that cannot be written is told once and then left alone: progress is not
+    worth a training.
+
     Args:
       step: completed optimizer updates (or any count that only grows).
-      phase: what the process is doing: init, restore, compile, data, step, eval or save.
-      **extra: JSON values that `muster status` shows beside it.
+      phase: what the process does now, until the next call: one of PHASES.
+      **extra: JSON values that `muster status` shows beside it, until they are given anew.
     """
     path = os.environ.get(PROGRESS_FILE)
     if not path:
         return
-    first_step = _first_step.setdefault(path, step)
-    record = {"schema": SCHEMA, "step": step, "first_step": first_step, "phase": phase}
-    write_atomically(path, json.dumps({**record, "time": time.time(), **extra}))
+    reporter = _reporters.get(path)
+    if reporter is None or reporter.pid != os.getpid():  # Not the parent's, in a forked child.
+        reporter = _reporters[path] = _ProgressReporter(path)
+    reporter.report(step, phase, extra)
 
 
-_first_step: dict[str, int] = {}  # Progress file -> the first step reported to it.
+class _ProgressReporter:
+    """Writes one process's progress, in place: a JSON object, padded so that it never shrinks.
+
+    A reader may see half of one report and half of another; it reads twice.
+    """
+
+    # Between two renderings of what changes slowly, the seconds by phase.
+    _RENDER_SECONDS = 0.25
+
+    def __init__(self, path: str):
+        self.pid = os.getpid()
+        self._lock = threading.Lock()
+        self._first_step: int | None = None
+        self._phase = ""
+        self._phase_since = time.monotonic()
+        self._rendered_at = float("-inf")
+        self._seconds: dict[str, float] = {}
+        self._extra: dict[str, object] = {}
+        self._rest = ""
+        self._width = 0
+        self._fd: int | None = None
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            self._give_up(error)
+
+    def report(self, step: int, phase: str, extra: Mapping[str, object]) -> None:
+        """Write a report."""
+        with self._lock:
+            if self._fd is None:
+                return
+            now = time.monotonic()
+            if phase != self._phase:
+                self._add_seconds(now)
+                self._phase = phase
+            if self._first_step is None and phase not in ("init", "restore"):
+                self._first_step = step
+                self._rendered_at = float("-inf")
+            if extra or now > self._rendered_at + self._RENDER_SECONDS:
+                self._render(now, extra)
+            text = (
+                f'{{"step": {step}, "phase": "{phase}", "time": {time.time():.3f}, {self._rest}}}'
+            )
+            self._width = max(self._width, len(text))
+            try:
+                os.pwrite(self._fd, text.ljust(self._width).encode("ascii") + b"\n", 0)
+            except OSError as error:
+                self._give_up(error)
+
+    def _add_seconds(self, now: float) -> None:
+        if self._phase:
+            before = self._seconds.get(self._phase, 0.0)
+            self._seconds[self._phase] = before + now - self._phase_since
+        self._phase_since = now
+
+    def _render(self, now: float, extra: Mapping[str, object]) -> None:
+        """What most reports have in common, as the inside of a JSON object."""
+        self._add_seconds(now)
+        self._rendered_at = now
+        self._extra.update(extra)
+        rest = {
+            "schema": SCHEMA,
+            "first_step": self._first_step,
+            "seconds": {name: round(seconds, 3) for name, seconds in self._seconds.items()},
+            **self._extra,
+        }
+        self._rest = json.dumps(rest, default=str)[1:-1]
+
+    def _give_up(self, error: OSError) -> None:
+        print(f"muster: progress is not reported: {error}", file=sys.stderr, flush=True)
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+_reporters: dict[str, _ProgressReporter] = {}  # By progress file.
+
+
+def report_exit() -> None:
+    """Say that this process is leaving, if it has reported anything, by whatever means."""
+    path = os.environ.get(PROGRESS_FILE, "")
+    try:
+        with open(path, "r+b", buffering=0) as file:
+            data = file.read()
+            record = json.loads(data)
+            step = int(record["step"])
+            if path in _reporters:
+                report_progress(step, "exit")
+            else:
+                text = json.dumps({**record, "phase": "exit"})
+                os.pwrite(file.fileno(), text.ljust(len(data)).encode(), 0)
+    except (OSError, ValueError, TypeError, KeyError):
+        return  # It never reported, or in a form of its own.
+
+
+def record_failure(error: BaseException, accuses: Sequence[int] = ()) -> None:
+    """Tell the launcher which exception ends this process. Does nothing outside of a gang.
+
+    The first one counts. Never raises.
+
+    Args:
+      error: the exception; its attribute `accuses` counts where the argument is empty.
+      accuses: processes that it says are the reason.
+    """
+    path = os.environ.get(FAILURE_FILE)
+    if not path or os.path.exists(path):
+        return
+    kind = type(error)
+    module = "" if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}."
+    lines = traceback.format_exception(kind, error, error.__traceback__)
+    try:
+        record = {
+            "schema": SCHEMA,
+            "pid": os.getpid(),
+            "type": f"{module}{kind.__qualname__}",
+            "message": _shortened(str(error), 4000),
+            "traceback": _shortened("".join(lines), 20_000),
+            "monotonic": time.monotonic(),
+            "accuses": list(accuses or getattr(error, "accuses", ())),
+        }
+        write_atomically(path, json.dumps(record), mode=0o600)
+    except Exception as problem:  # The program's own error must be seen, not this one.
+        print(f"muster: the exception is not recorded: {problem}", file=sys.stderr, flush=True)
+
+
+def _shortened(text: str, length: int) -> str:
+    """A text with its middle left out if it is too long."""
+    if len(text) <= length:
+        return text
+    half = length // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters ...]\n{text[-half:]}"
 
 
 def write_atomically(path: str | os.PathLike[str], text: str, mode: int = 0o666) -> None:

@@ -54,10 +54,15 @@ def befall(fault: str) -> None:
 def _eat_memory() -> None:
     """Ask for memory until the limit of this process refuses it."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), used + (1 << 28)))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), before[1]))
     kept = []
-    while True:
-        kept.append(np.ones(1 << 23, np.uint8))
+    try:
+        while True:
+            kept.append(np.ones(1 << 23, np.uint8))
+    finally:  # Other threads have to live on, to tell of it.
+        kept.clear()
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def is_guilty() -> bool:
