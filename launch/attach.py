@@ -12,6 +12,7 @@ from typing import Any
 from launch import contract, rundir
 from launch.console import Console
 from launch.events import Retry, Verdict
+from launch.logs import next_attempt
 from launch.spec import ConfigError, compare_configs
 from launch.words import last_words
 
@@ -63,7 +64,7 @@ def view(workdir: Path, shown: Sequence[int], prefixed: bool) -> int:
             record = _watch_attempt(workdir, number, console)
             if record.get("cause"):
                 _tell_end(record, rundir.attempt_path(workdir, number))
-            if not _next_attempt(workdir, number):
+            if not next_attempt(workdir, number):
                 break
             number += 1
     except KeyboardInterrupt:
@@ -86,17 +87,6 @@ def _watch_attempt(workdir: Path, number: int, console: Console) -> dict[str, An
         console.show_new(last=bool(record.get("cause")) or alone)
         if record.get("cause") or alone:
             return record
-        time.sleep(_POLL_SECONDS)
-
-
-def _next_attempt(workdir: Path, number: int) -> bool:
-    """Wait for the attempt after this one; False when the run is over."""
-    while True:
-        alone = rundir.owner(workdir) is None
-        if number + 1 in rundir.attempt_numbers(workdir):
-            return True
-        if alone:
-            return False
         time.sleep(_POLL_SECONDS)
 
 

@@ -175,6 +175,15 @@ def discard_output() -> None:
     os.close(nowhere)
 
 
+def print_all(text: str) -> None:
+    """Print what a command has to say, to a reader who may leave (`muster status | head`)."""
+    try:
+        print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()
+
+
 def last_lines(path: Path, count: int) -> list[str]:
     """The last lines of a log, however large it is."""
     try:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 
 _COMPARED_BYTES = 4096
+_SETTLED_NANOSECONDS = 50_000_000  # More than a tick of any file system's clock but FAT's.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,8 @@ class LogReader:
         self._earlier: list[Segment] = []  # What is before the log itself, from the position on.
         self._start = 0  # Which byte of the output is the first of the log itself.
         self._size = 0
+        self._listed_at: int | None = None  # The directory's time of change then.
+        self._offsets: list[int] = []  # The segments that were there when it last took stock.
 
     @property
     def start(self) -> int:
@@ -95,8 +99,7 @@ class LogReader:
             self._take_stock()
         size = os.fstat(self._fd).st_size
         if size != self._size:
-            # What the log holds now would be kept under this name when it is rotated.
-            while size < self._size or os.path.exists(f"{self.path}.{self._start}"):
+            while size < self._size or self._was_rotated():
                 was = self._start, self._size
                 self._take_stock()
                 size = os.fstat(self._fd).st_size
@@ -143,8 +146,19 @@ class LogReader:
             self.left_out += start - self.position
             self.position = start
 
+    def _was_rotated(self) -> bool:
+        """Whether there are other segments now; the directory is listed only if it was changed."""
+        changed_at = self.path.parent.stat().st_mtime_ns
+        if changed_at == self._listed_at:
+            return False
+        # Of a change that has just been made, another one in the same tick would not be seen.
+        settled = time.time_ns() - changed_at > _SETTLED_NANOSECONDS
+        self._listed_at = changed_at if settled else None
+        return _offsets(self.path) != self._offsets
+
     def _take_stock(self) -> None:
         """Find out where the log stands in the output, and what there is before it."""
+        self._offsets = _offsets(self.path)
         *earlier, live = segments(self.path) or [Segment(self.path, self._start, 0)]
         for segment in earlier:
             if segment.start == self._start and live.start > self._start:

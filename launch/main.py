@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from launch import contract
 from launch.spec.errors import ConfigError, closest
 
 HELP = """\
-Muster starts one program on many processes and keeps them together.
+Muster starts one program on many processes, keeps them together and says what became of them.
 
   muster run --config=FILE --cluster=FILE --workdir=DIR [--config.x.y=V] [--cluster.x=V]
       train what the config says (python -m trainer.main)
   muster run --cluster=FILE --workdir=DIR -- PROGRAM ARGUMENTS...
       run any program; jax.distributed.initialize() without arguments joins the gang
+  muster list [--json] [--prune]
+      every run you have started, and how it stands
   muster status RUN [--json]
-      attempts, causes, steps; RUN is a run directory
-  muster logs RUN [--process=K] [--attempt=K] [--follow]
-      a process's output, process 0's of the newest attempt by default
+      attempts, causes, who is to blame, steps, and what every process does now
+  muster logs RUN [--follow] [--process=K|all] [--attempt=K]
+      processes' output, process 0's of the newest attempt by default
+  muster stop RUN
+      have a run saved and stopped, from wherever its directory is seen; again to kill it at once
+
+RUN is a run directory, or the name or id of a run that `muster list` shows.
 
 flags of run:
   --config=FILE[:VARIANT]   what to train, a file with get_config()
   --cluster=FILE[:VARIANT]  where, e.g. configs/cluster/local.py
   --workdir=DIR             the run directory; a run that is there already is resumed
+  --detach                  give the terminal back once the gang has started
   --process=all|K           show every process's lines, or process K's instead of the lead's
   --dry_run                 print the commands and their environment, start nothing
 
@@ -34,9 +41,11 @@ exit codes: 0 done, 1 the program failed, 2 the command or config is wrong,
 
 # Flags by command; True for one that takes no value. `--config`, `--cluster` are load_config's.
 _FLAGS: dict[str, dict[str, bool]] = {
-    "run": {"workdir": False, "process": False, "dry_run": True},
+    "run": {"workdir": False, "process": False, "detach": True, "dry_run": True},
+    "list": {"json": True, "prune": True},
     "status": {"json": True},
     "logs": {"process": False, "attempt": False, "follow": True},
+    "stop": {},
 }
 _CONFIG_FLAGS = ("config", "cluster")
 
@@ -78,12 +87,31 @@ def _dispatch(argv: list[str]) -> int:
         if "dry_run" in flags:
             run.dry_run(request)
             return contract.EXIT_DONE
-        return run.run(request)
-    from launch import show
+        return run.run(request, detached="detach" in flags)
+    if command == "list":
+        if arguments:
+            raise ConfigError("", f"muster list takes no argument; got {arguments}")
+        from launch.listing import list_runs
 
+        return list_runs(flags)
     if len(arguments) != 1:
-        raise ConfigError("", f"muster {command} takes one RUN, a run directory; got {arguments}")
-    return getattr(show, command)(arguments[0], flags)
+        raise ConfigError("", f"muster {command} takes one RUN, see `muster list`; got {arguments}")
+    return _look_at(command)(arguments[0], flags)
+
+
+def _look_at(command: str) -> Callable[[str, Mapping[str, str]], int]:
+    """The function of a command on one run; what the others import is not waited for."""
+    if command == "status":
+        from launch.status import status
+
+        return status
+    if command == "logs":
+        from launch.logs import logs
+
+        return logs
+    from launch.stopping import ask_to_stop
+
+    return ask_to_stop
 
 
 def split_flags(command: str, argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -55,3 +55,15 @@ def trainer_program(
 def without_secrets(env: Mapping[str, str]) -> dict[str, str]:
     """The environment as it may be shown: values whose names sound secret are masked."""
     return {name: "***" if _SECRET.search(name) else value for name, value in env.items()}
+
+
+def shown_command(command: Sequence[str]) -> list[str]:
+    """A `muster run` command line as it may be shown, with the same values masked."""
+    shown: list[str] = []
+    masked = False  # Whether this word is the value of the one before.
+    for word in command:
+        name, equals, _ = word.partition("=")
+        secret = name.startswith("--cluster.env.") and bool(_SECRET.search(name))
+        shown.append("***" if masked else f"{name}=***" if secret and equals else word)
+        masked = secret and not equals
+    return shown

@@ -13,7 +13,6 @@ from typing import Any
 
 from launch import contract, rundir
 from launch.agent import utc
-from launch.times import ago, seconds_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +98,3 @@ class StopRequests:
         new = max(1, asked.count - self._count)
         self._count += new
         return new
-
-
-def asked_in_words(asked: StopRequest, now: float) -> str:
-    """Who asked when, for `muster status`."""
-    when = ago(seconds_of(asked.time), now)
-    return f"{asked.user} on {asked.host} {when}" + (", to kill it" if asked.count > 1 else "")

@@ -1,8 +1,12 @@
 """Eight CPU devices for the tests of this process; set before anything imports jax."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # Tests compile much and compute little: without LLVM's optimizations they take a fifth of the time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# What tests start is none of the user's runs.
+_STATE = tempfile.TemporaryDirectory(prefix="muster-tests-state-")
+os.environ["MUSTER_STATE_DIR"] = _STATE.name

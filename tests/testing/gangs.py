@@ -123,7 +123,11 @@ class MusterCommand:
 
 def environment() -> dict[str, str]:
     """This process's environment in which the packages under test are found, and no gang's."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MUSTER_")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("MUSTER_") or name == "MUSTER_STATE_DIR"
+    }
     return {**env, "PYTHONPATH": str(ROOT)}
 
 

@@ -71,7 +71,7 @@ def test_the_launcher_imports_neither_jax_nor_the_trainer(tmp_path):
         "import sys, launch.main as m; "
         f"m.main(['run', '--cluster=configs/cluster/local.py', '--workdir={tmp_path}/run', "
         "'--dry_run', '--', 'true']); "
-        "import launch.show, launch.gang; "
+        "import launch.status, launch.listing, launch.stopping, launch.logs; "
         "bad = {'jax', 'jaxlib', 'numpy', 'flax', 'trainer'} & sys.modules.keys(); "
         "assert not bad, bad"
     )

@@ -11,9 +11,10 @@ CLUSTER = "--cluster=configs/cluster/local.py"
 
 CASES = {
     "unknown command": (["rum"], "no command 'rum'; did you mean 'run'?"),
-    "later command": (["plan"], "no command 'plan'; known: logs, run, status"),
+    "later command": (["plan"], "no command 'plan'; known: list, logs, run, status, stop"),
     "unknown flag": (["run", "--wrokdir=x"], "no flag '--wrokdir=x'; did you mean 'workdir'?"),
-    "detach": (["run", "--detach"], "no flag '--detach'; known:"),
+    "detach": (["run", "--detach=yes"], "--detach='yes': takes no value"),
+    "list": (["list", "x"], "muster list takes no argument; got ['x']"),
     "flag of a config": (["status", "--config=x", "y"], "no flag '--config=x'"),
     "no cluster": (["run", "--workdir=x", "--", "true"], "--cluster is missing"),
     "no program": (["run", CLUSTER, "--workdir=x"], "give either --config=FILE or -- and a"),
@@ -93,7 +94,7 @@ def test_a_config_starts_the_trainer_with_absolute_paths_and_muster_on_its_path(
 def test_help_names_every_command_and_the_exit_codes(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("muster run", "muster status", "muster logs", "75"))
+    assert all(word in out for word in ("run", "list", "status", "logs", "stop", "75"))
 
 
 def test_a_programs_own_help_is_not_musters(capsys, tmp_path):
