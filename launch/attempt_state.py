@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from launch import contract, hang
+from launch import contract, hang, stacks
 from launch.case import Case
 from launch.events import (
     Action,
@@ -188,14 +188,24 @@ class AttemptState:
     def _confirm(self, now: float) -> list[Action]:
         """The stacks came, or are waited for no longer: does the gang still hang?"""
         overdue = self._watch.overdue(now)
-        if overdue is None:
+        if overdue is None or self._is_busy(overdue.excuse):
             self.case.stacks.clear()
             self._stacks_taken = False
             self._enter(_Stage.RUNNING, None)
+            # Stacks cost a little: not again before the time of what is waited for is over.
+            self._looked_at = now + (overdue.limit_seconds if overdue else 0.0)
             return []
         self.case.overdue = overdue
         self.case.suspect = hang.suspect(self.case)
         return self._stop(now, FAILURE_GRACE_SECONDS, self.case.suspect.message)
+
+    def _is_busy(self, processes: tuple[int, ...]) -> bool:
+        """Whether one of these does something by itself, as far as its stack tells."""
+        taken = self.case.stacks
+        return any(
+            not stacks.waits_in_jax(stacks.main_thread(taken[i].text)) if i in taken else True
+            for i in processes
+        )
 
     def _take_stacks(self) -> list[Action]:
         if self._stacks_taken or not self.case.running:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launch import live, stop
+from launch import live, rundir, stop
 from launch.backends.local import AgentProcess
 from launch.console import Console
 from launch.events import (
@@ -43,6 +43,7 @@ from launch.words import last_words
 _POLL_SECONDS = 0.02  # Between two looks at the logs that are shown.
 _TICK_SECONDS = 1.0  # Between two looks at how far the gang is.
 _REQUESTS_SECONDS = 0.2  # Between two looks for a request to stop.
+_BEFORE = ("init", "restore")  # In these phases the step is not yet known.
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -168,15 +169,13 @@ class Controller:
         if self._on_started and self._attempt is not None and started:
             self._on_started()
             self._on_started = None
-        if self._attempt is None or not self._attempt.number or self._resumed_at is not None:
-            return
-        for report in self._gang.progress.values():
-            if report.phase not in ("init", "restore"):
-                self._resumed_at = report.step
+        if self._attempt and self._attempt.number and self._resumed_at is None:
+            if any(report.phase not in _BEFORE for report in self._gang.progress.values()):
+                self._resumed_at = rundir.steps_reached(self._attempt.path)["first_step"]
+            if self._resumed_at is not None:
                 self._console.say(
-                    f"muster: attempt {self._attempt.number} goes on from step {report.step}"
+                    f"muster: attempt {self._attempt.number} goes on from step {self._resumed_at}"
                 )
-                return
 
     @property
     def _num_processes(self) -> int:

@@ -180,12 +180,12 @@ def _failure(report: Mapping[str, Any], attempt: Mapping[str, Any], width: int) 
         lines.append(f"  collateral: {many} ({ranges(attempt['collateral'])})")
     if guilty is None or attempt["cause"] in _TOLD_IN_FULL:
         return lines
+    last = attempt.get("last_lines") or last_lines(rundir.log_path(folder, guilty), _MOST_LINES)
     failure = attempt.get("exception") or {}
-    if failure:
-        trace = str(failure.get("traceback") or "").rstrip().splitlines()
+    trace = str(failure.get("traceback") or "").rstrip().splitlines()
+    if failure and (not trace or trace[-1] not in last):  # Else the last lines show it.
         lines.append(f"  exception of process {guilty}:")
         lines += _quoted(trace or [f"{failure.get('type')}: {failure.get('message')}"])
-    last = attempt.get("last_lines") or last_lines(rundir.log_path(folder, guilty), _MOST_LINES)
     if last:
         lines.append(f"  last lines of process {guilty}:")
         lines += _quoted(last)

@@ -34,6 +34,8 @@ class Overdue:
       since: when they came there.
       limit_seconds: how long they may be there.
       at: when this was noticed.
+      excuse: processes that save or evaluate at this step and have time left: the gang does not
+        hang if they are busy with it, and does if they too wait for the others.
     """
 
     cause: str
@@ -43,6 +45,7 @@ class Overdue:
     since: float
     limit_seconds: float
     at: float
+    excuse: tuple[int, ...] = ()
 
 
 class Watch:
@@ -122,13 +125,22 @@ class Watch:
         limit = self.limit_seconds(newest.phase)
         if now - newest.since <= limit:
             return None
-        for report in reports:
-            slow = report.phase in _SLOW_PHASES and report.step == newest.step
-            if slow and now - report.since <= self.limit_seconds(report.phase):
-                return None  # The others wait for this one, and it has time left.
+        savers = [report for report in reports if self._has_time_left(report, newest, now)]
         processes = tuple(sorted(report.process_id for report in behind))
         oldest = min(behind, key=lambda report: report.since)
-        return Overdue("hang", processes, newest.step, newest.phase, oldest.since, limit, now)
+        excuse = tuple(sorted(report.process_id for report in savers))
+        place = newest.step, newest.phase
+        return Overdue("hang", processes, *place, oldest.since, limit, now, excuse)
+
+    def _has_time_left(self, report: Progress, behind: Progress, now: float) -> bool:
+        """Whether a process is in a phase for which one that looks behind may be waiting. Who waits
+        for data waits for nobody."""
+        return (
+            report.phase in _SLOW_PHASES
+            and report.step == behind.step
+            and behind.phase != "data"
+            and now - report.since <= self.limit_seconds(report.phase)
+        )
 
     def _never_came(self, now: float) -> Overdue | None:
         """Processes that have not reported while others have."""

@@ -38,15 +38,27 @@ def _what_happened(verdict: Verdict, attempt: Path) -> str:
         if errors:
             return "muster: " + errors[-1]
     told = [f"muster: error: {verdict.message}"]
-    if verdict.explanation:
-        told += textwrap.wrap(
-            verdict.explanation, _COLUMNS, initial_indent="muster: ", subsequent_indent="muster: "
-        )
-    lines = list(verdict.last_lines) or last_lines(log, _QUOTED_LINES)
+    told += textwrap.wrap(
+        _beyond_the_message(verdict),
+        _COLUMNS,
+        initial_indent="muster: ",
+        subsequent_indent="muster: ",
+    )
+    lines = list(verdict.last_lines[-_QUOTED_LINES:]) or last_lines(log, _QUOTED_LINES)
     if lines:
         told += ["muster: its last lines:", *(f"    {line}" for line in lines)]
         told += [f"muster: full log: {log}"]
     return "\n".join(told)
+
+
+def _beyond_the_message(verdict: Verdict) -> str:
+    """What the explanation says more than the message, with which it may begin."""
+    begins = verdict.explanation.lower().startswith(verdict.message.lower())
+    return (
+        verdict.explanation[len(verdict.message) :].lstrip(". ")
+        if begins
+        else (verdict.explanation)
+    )
 
 
 def _is_error(line: str) -> bool:

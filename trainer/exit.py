@@ -23,6 +23,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or contract.EXIT_DONE
     except ConfigError as error:
+        contract.record_failure(error)
         print(f"error: {error}", file=sys.stderr)
         _leave(contract.EXIT_CONFIG)
     except SystemExit as error:
@@ -31,7 +32,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
             print(error.code, file=sys.stderr)
         if code not in (contract.EXIT_DONE, contract.EXIT_RESUMABLE):
             _leave(code)
-    except BaseException:
+    except BaseException as error:
+        contract.record_failure(error)
         traceback.print_exc()
         _leave(contract.EXIT_FAILED)
     sys.exit(code)

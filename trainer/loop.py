@@ -54,8 +54,7 @@ class Loop:
         """
         if self.train_step is None:
             return Ended(leaves, step, stopped=False)
-        batch, stopped = next(self.batches), False
-        report_progress(step, "step")
+        batch, stopped = self._next_batch(step), False
         # Any transfer that nobody asked for by name would stall the queue of dispatched steps.
         with jax.transfer_guard("disallow"):
             while step < self.num_steps and not stopped:
@@ -65,7 +64,7 @@ class Loop:
                 # batch is fetched while the device is busy.
                 position = self.batches.position()
                 if step < self.num_steps:
-                    batch = next(self.batches)
+                    batch = self._next_batch(step)
                 self.reporter.add(step, metrics, self.batches.wait_seconds)
                 stopped = self.stop_agreed(step)
                 ended = stopped or step == self.num_steps
@@ -75,6 +74,12 @@ class Loop:
                     self._evaluate(leaves, step, self.evaluate)
                 self.saver.check()
         return Ended(leaves, step, stopped)
+
+    def _next_batch(self, step: int) -> Any:
+        report_progress(step, "data")
+        batch = next(self.batches)
+        report_progress(step, "step")
+        return batch
 
     def _save(self, leaves: Leaves, step: int, position: dict, final: bool) -> None:
         # A state whose loss is not finite must never become the newest checkpoint.

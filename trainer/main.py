@@ -96,6 +96,8 @@ def main() -> None:
     """The command line."""
 
     def program() -> int:
+        # Before anything is imported that takes long: whoever never gets here stands out.
+        contract.report_progress(0, "init")
         loaded = load_config("config", sys.argv[1:])
         return app_run(loaded.config, [sys.argv[0], *loaded.rest])
 

@@ -46,7 +46,6 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
       The exit code: EXIT_DONE, or EXIT_RESUMABLE when stopped early with a checkpoint.
     """
     # ------------------------------------------------------------------ mesh and state's layout
-    contract.report_progress(0, "init")
     mesh = make_mesh(spec.mesh)
     optimizer, layout, ledger, notes = prepare(spec, task, mesh)
     say(ledger.as_text())
@@ -104,6 +103,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
         output.close()
 
     # ------------------------------------------------------------------ finish
+    contract.report_progress(ended.step, "eval")
     if ended.stopped:
         say(f"told to stop: step {ended.step} is saved, the same command resumes from it")
     else:
@@ -112,7 +112,8 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
         finish(task, layout, ended.leaves, spec.eval.params, spec.seed)
     say(f"checkpoints: {saver.directory}")
     say(f"metrics and TensorBoard events: {workdir}")
-    saver.close()
+    contract.report_progress(ended.step, "save")
+    saver.close()  # Waits for what is still being written.
     feed.close()
     return contract.EXIT_RESUMABLE if ended.stopped else contract.EXIT_DONE
 

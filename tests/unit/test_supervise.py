@@ -242,6 +242,34 @@ def test_a_gang_that_makes_no_progress_shows_its_stacks_and_is_stopped():
     assert (close.verdict.cause, close.verdict.guilty_process) == ("hang", 1)
 
 
+SAVING = [(0, Started(0)), (0, Started(1)), (0, Started(2)), *MOVING]
+SAVING += [(7, at_step(i, 6, "save", 6.5)) for i in (0, 2)]
+BUSY = 'Current thread 0x1 (most recent call first):\n  File "/x/train.py", line 4 in write\n'
+WAITS = 'Current thread 0x1 (most recent call first):\n  File "/x/jax/_src/a.py", line 4 in f\n'
+
+
+def test_one_that_saves_while_the_others_wait_for_it_is_left_the_time_to_save():
+    ticks = [(time, Tick()) for time in range(8, 140)]
+    stacks = [(27.2, Stacks(0, BUSY, "D")), *[(27.2, Stacks(i, WAITS, "S")) for i in (1, 2)]]
+    events = sorted([*SAVING, *ticks, *stacks], key=lambda pair: pair[0])
+    actions, close = play(*events, watch={**WATCH, "save_seconds": 100.0})
+    looks = [time for time, action in actions if action is TakeStacks]
+    # Each time the limit of a step later, and the time for which stacks were waited in vain.
+    assert looks == [27, 49, 75, 101, 127]
+    stopped_at = next(time for time, action in actions if action is Stop)
+    assert stopped_at == 127 + STACKS_SECONDS  # Later than 106.5, when the time to save is over.
+    assert close.verdict.cause == "hang"
+
+
+def test_those_that_wait_for_another_in_their_save_are_no_excuse_for_it():
+    ticks = [(time, Tick()) for time in range(8, 40)]
+    stacks = [(27.2, Stacks(1, BUSY, "S")), *[(27.2, Stacks(i, WAITS, "S")) for i in (0, 2)]]
+    events = sorted([*SAVING, *ticks, *stacks], key=lambda pair: pair[0])
+    actions, close = play(*events, watch={**WATCH, "save_seconds": 100.0})
+    assert actions[:2] == [(27, TakeStacks), (27.2, Stop)]
+    assert (close.verdict.cause, close.verdict.guilty_process) == ("hang", 1)
+
+
 def test_stacks_that_do_not_come_are_not_waited_for_for_ever():
     ticks = [(time, Tick()) for time in range(8, 40)]
     actions, close = play(*HANGING, *ticks, watch=WATCH)

@@ -53,9 +53,9 @@ CASES = {
         26,
         (1,),
     ),
-    "one saves, for which the others wait": (
+    "one saves, and is looked at": (
         [*ALL_STEP, (0, 5, "save", 6)],
-        107,
+        16,
         (1, 2),
     ),
     "the last to come to a step has just come": (
@@ -92,6 +92,13 @@ def test_a_gang_hangs_when_those_furthest_behind_are_overdue(name):
     if at is not None:
         overdue = watched.overdue(float(at))
         assert (overdue.cause, overdue.processes) == ("hang", processes)
+
+
+def test_one_that_saves_may_be_the_reason_for_as_long_as_it_has_time():
+    watched = watch(*ALL_STEP, (0, 5, "save", 6))
+    assert watched.overdue(106.0).excuse == (0,)
+    assert watched.overdue(107.0).excuse == ()
+    assert watch(*ALL_STEP, (0, 5, "save", 6), (1, 5, "data", 6)).overdue(50.0).excuse == ()
 
 
 def test_a_process_that_never_reports_is_told_once_the_others_have():
