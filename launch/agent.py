@@ -479,10 +479,13 @@ class Agent:
                 )
             if process.asked:
                 self._collect_stacks(process)
-            try:
-                process.log.trim()
-            except OSError as error:  # A full disk, say: the process writes on as it can.
-                self._complain("cannot shorten %s" % process.plan["log"], error)
+            self._trim(process)
+
+    def _trim(self, process):
+        try:
+            process.log.trim()
+        except OSError as error:  # A full disk, say: the process writes on as it can.
+            self._complain("cannot shorten %s" % process.plan["log"], error)
 
     def _ask_for_stacks(self, process):
         state, where = process.state()
@@ -549,6 +552,7 @@ class Agent:
         that it had waited for.
         """
         process.look()
+        self._trim(process)
         by_signal = ended.si_code != os.CLD_EXITED
         progress = process.progress or {}
         record = {

@@ -243,7 +243,19 @@ class Gang:
         if kind == "stacks":
             return [Stacks(process_id, message["text"], message["state"])]
         assert kind == "exited", kind
-        return [_exited(message, at)]
+        exited = _exited(message, at)
+        # What it reported since the last answer to a lease.
+        last = self._last_report(message["record"], exited)
+        return [last, exited] if last else [exited]
+
+    def _last_report(self, record: Mapping[str, Any], exited: Exited) -> Progress | None:
+        step, phase = record["step"], record["phase"]
+        known = self.progress.get(exited.process_id)
+        if step is None or (known and (known.step, known.phase) == (step, phase)):
+            return None
+        report = Progress(exited.process_id, step, phase, exited.ended_at)
+        self.progress[exited.process_id] = report
+        return report
 
 
 def _exited(message: Mapping[str, Any], at: Callable[[float], float]) -> Exited:

@@ -105,6 +105,16 @@ class MusterCommand:
             for pid in self.left():
                 os.kill(pid, signal.SIGKILL)
 
+    def attempts_closed(self) -> int:
+        """How many attempts have ended."""
+        numbers = rundir.attempt_numbers(self.workdir)
+        return sum(bool(rundir.attempt_record(self.workdir, n).get("cause")) for n in numbers)
+
+    def agent_of(self, host: str) -> int:
+        """The process id of a host's agent."""
+        name = f"agent-{host}.log"
+        return next(i for i in self.agents() if os.readlink(f"/proc/{i}/fd/2").endswith(name))
+
     def agents(self) -> list[int]:
         """Process ids of this run's agents."""
         lock = str(self.workdir / rundir.LOCK_FILE)

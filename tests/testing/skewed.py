@@ -1,0 +1,59 @@
+"""`muster` on this machine, where host local1 has a clock an hour off and an agent that is slow to
+say what has ended: `python -m tests.testing.skewed run ...`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+import types
+from typing import Any
+
+from launch import agent, main
+from launch.backends import local
+
+SKEW_SECONDS = 3600.0
+DELAY_SECONDS = 0.3
+
+
+def be_agent() -> None:
+    """Be the agent of local1: Muster's own, with another clock."""
+    spec = importlib.util.spec_from_file_location("skewed_agent", agent.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    clock = types.SimpleNamespace(**vars(time))
+    clock.monotonic = lambda: time.monotonic() + SKEW_SECONDS
+    clock.time = lambda: time.time() - SKEW_SECONDS
+    module.time = clock
+    report = module.Agent._report
+
+    def report_late(self: Any, **event: Any) -> None:
+        if event["event"] == "exited":
+            time.sleep(DELAY_SECONDS)
+        report(self, **event)
+
+    module.Agent._report = report_late
+    module.main()
+
+
+def run(argv: list[str]) -> int:
+    """Be `muster`."""
+    start_agent = local.start_agent
+
+    def start_skewed(plan: Any, *rest: Any) -> local.AgentProcess:
+        program = local.AGENT
+        if plan["host"] == "local1":
+            local.AGENT = [sys.executable, "-m", "tests.testing.skewed"]
+        try:
+            return start_agent(plan, *rest)
+        finally:
+            local.AGENT = program
+
+    local.start_agent = start_skewed
+    return main.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]) if len(sys.argv) > 1 else be_agent())
