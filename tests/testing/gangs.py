@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -111,9 +112,22 @@ class MusterCommand:
         return sum(bool(rundir.attempt_record(self.workdir, n).get("cause")) for n in numbers)
 
     def agent_of(self, host: str) -> int:
-        """The process id of a host's agent."""
+        """The process id of a host's agent, waited for; its newborn children look like it."""
         name = f"agent-{host}.log"
-        return next(i for i in self.agents() if os.readlink(f"/proc/{i}/fd/2").endswith(name))
+        found: list[int] = []
+
+        def look() -> bool:
+            for pid in self.agents():
+                with contextlib.suppress(OSError):
+                    parent = int(
+                        Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+                    )
+                    if os.readlink(f"/proc/{pid}/fd/2").endswith(name) and parent not in found:
+                        found.append(pid)
+            return bool(found)
+
+        wait_until(look, f"the agent of {host}")
+        return min(found)
 
     def agents(self) -> list[int]:
         """Process ids of this run's agents."""
