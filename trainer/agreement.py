@@ -11,16 +11,31 @@ import itertools
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import jax
+
+from trainer.rollcall import AbsentError
 
 # Keys older than this many calls are deleted, so that a long run does not grow the lead's memory.
 # No process can be that far behind: steps are collective.
 _KEPT_KEYS = 1000
 
 _calls: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+
+
+def fail_together(error: Exception, accuses: Sequence[int]) -> NoReturn:
+    """Raise an error that every process has found. Collective: every process must call this.
+
+    Args:
+      error: the same on all processes.
+      accuses: the processes that are the reason, which the launcher will name.
+    """
+    error.accuses = tuple(accuses)  # type: ignore[attr-defined]
+    if is_lead():
+        time.sleep(1.0)  # With the lead goes its service, which aborts whoever still speaks.
+    raise error
 
 
 def is_lead() -> bool:
@@ -73,9 +88,10 @@ def _broadcast(key: str, name: str, value: Any, timeout_seconds: float) -> Any:
         return json.loads(own)
     text = _get(key, timeout_seconds)
     if text is None:
-        raise TimeoutError(
+        raise AbsentError(
             f"{name!r}: process 0 (the lead) did not answer process {jax.process_index()} within "
-            f"{timeout_seconds:g} s; see its log"
+            f"{timeout_seconds:g} s; see its log",
+            accuses=(0,),
         )
     return json.loads(text)
 
@@ -109,9 +125,10 @@ def gather(name: str, value: Any, timeout_seconds: float = 300.0) -> list[Any]:
     answer = _broadcast(f"{key}/all", name, answer, timeout_seconds + 10.0)
     if answer["missing"]:
         listed = ", ".join(map(str, answer["missing"]))
-        raise TimeoutError(
+        raise AbsentError(
             f"{name!r}: process(es) {listed} of {jax.process_count()} did not come within "
-            f"{timeout_seconds:g} s; see their logs"
+            f"{timeout_seconds:g} s; see their logs",
+            accuses=answer["missing"],
         )
     return answer["values"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from collections.abc import Mapping
 
 import jax
@@ -12,7 +11,7 @@ import jax
 from launch import contract
 from launch.spec import ConfigError
 from trainer import rollcall
-from trainer.agreement import barrier, broadcast, gather, is_lead, say
+from trainer.agreement import barrier, broadcast, fail_together, gather, is_lead, say
 
 __all__ = ["Place", "barrier", "broadcast", "gather", "initialize", "is_lead", "say"]
 
@@ -202,12 +201,11 @@ def _check_devices(promised: int) -> None:
     found = gather("distributed/devices", jax.local_device_count())
     wrong = {process: number for process, number in enumerate(found) if number != promised}
     if wrong:
-        if is_lead():
-            time.sleep(1.0)  # With the lead goes its service, which aborts whoever still speaks.
         listed = ", ".join(f"process {process} has {number}" for process, number in wrong.items())
-        raise ConfigError(
+        error = ConfigError(
             "cluster.devices_per_process",
             f"but {listed} {jax.default_backend()} device(s); correct it, or see what hides or "
             "adds devices (JAX_PLATFORMS, JAX_NUM_CPU_DEVICES, CUDA_VISIBLE_DEVICES)",
             promised,
         )
+        fail_together(error, accuses=list(wrong))

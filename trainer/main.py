@@ -56,7 +56,7 @@ def run(config: Any) -> int:
 
     import jax
 
-    from trainer import compile_cache, distributed
+    from trainer import compile_cache, distributed, fingerprint
     from trainer.optimizer import make_optimizer
     from trainer.task import load_task
 
@@ -70,6 +70,8 @@ def run(config: Any) -> int:
         process_id=FLAGS.process_id,
         timeout_seconds=FLAGS.initialization_timeout_seconds,
     )
+    record = json.loads(json.dumps(plain(config)))
+    fingerprint.check(record)
     spec = train_spec(config, jax.device_count())
     if distributed.is_lead():
         print(
@@ -80,7 +82,7 @@ def run(config: Any) -> int:
 
     from trainer.train import train
 
-    return train(spec, task, workdir, json.loads(json.dumps(plain(config))))
+    return train(spec, task, workdir, record)
 
 
 def config_record(workdir: str) -> Any:

@@ -13,10 +13,22 @@ import ipaddress
 import json
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 _MAGIC = "muster-rollcall-1"
 _GO = {"go": True}
+
+
+class AbsentError(TimeoutError):
+    """Other processes did not come; the launcher asks those what became of them.
+
+    Attributes:
+      accuses: their ids.
+    """
+
+    def __init__(self, message: str, accuses: Sequence[int]):
+        super().__init__(message)
+        self.accuses = tuple(accuses)
 
 
 def is_address(address: str) -> bool:
@@ -49,7 +61,7 @@ def call(
       token: the gang's own word: whoever brings another belongs to another gang.
 
     Raises:
-      TimeoutError: some never came; the text names them.
+      AbsentError: some never came; the text names them.
       RuntimeError: the port is taken, or two processes have one id.
     """
     if num_processes == 1:
@@ -109,16 +121,18 @@ def _listen(
                 f"process(es) {', '.join(map(str, missing))} of {number} never came within "
                 f"{timeout_seconds:g} s; see their logs"
             )
-            _dismiss(present.values(), problem)
-            raise TimeoutError(problem)
+            _dismiss(present.values(), problem, missing)
+            raise AbsentError(problem, missing)
         server.close()  # The next to listen there is JAX's service.
         for connection in present.values():
             _say(connection, _GO)
 
 
-def _dismiss(connections: Iterable[socket.socket], problem: str) -> None:
+def _dismiss(
+    connections: Iterable[socket.socket], problem: str, missing: Sequence[int] = ()
+) -> None:
     for connection in connections:
-        _say(connection, {"error": problem})
+        _say(connection, {"error": problem, "missing": list(missing)})
 
 
 def _answer(
@@ -139,12 +153,13 @@ def _answer(
         if said == _GO:
             return
         if said and "error" in said and "another gang" not in str(said["error"]):
-            raise TimeoutError(str(said["error"]))
+            raise AbsentError(str(said["error"]), said.get("missing", ()))
         problem = str(said["error"]) if said and "error" in said else problem
         time.sleep(0.05)
-    raise TimeoutError(
+    raise AbsentError(
         f"process 0 of {hello['processes']} never came within {timeout_seconds:g} s: no roll call "
-        f"at {address} ({problem}); see its log"
+        f"at {address} ({problem}); see its log",
+        accuses=(0,),
     )
 
 

@@ -100,7 +100,10 @@ def make_train_step(
 
 
 def compile_train_step(
-    step: TrainStep, layout: StateLayout, batch: Mapping[str, jax.ShapeDtypeStruct]
+    step: TrainStep,
+    layout: StateLayout,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    check: Callable[[jax.stages.Lowered], None] = lambda lowered: None,
 ) -> jax.stages.Compiled:
     """Compile a train step for one shape of batch. It donates its leaves.
 
@@ -111,20 +114,30 @@ def compile_train_step(
       step: from `make_train_step`.
       layout: of the leaves; its mesh may be of devices that are not there.
       batch: abstract arrays with their shardings, `P(BATCH_AXES)` on the first dim.
+      check: sees the program before it is compiled.
     """
     out_shardings = (list(layout.shardings), NamedSharding(layout.mesh, P()))
-    return compile_step(step, layout, batch, out_shardings, donate_argnums=0)
+    return compile_step(step, layout, batch, out_shardings, check, donate_argnums=0)
 
 
 def compile_step(
-    step: Callable, layout: StateLayout, batch: Any, out_shardings: Any, **jit_options: Any
+    step: Callable,
+    layout: StateLayout,
+    batch: Any,
+    out_shardings: Any,
+    check: Callable[[jax.stages.Lowered], None] = lambda lowered: None,
+    **jit_options: Any,
 ) -> jax.stages.Compiled:
-    """Compile a function (leaves, batch) -> anything, ahead of time, on the layout's mesh."""
+    """Compile a function (leaves, batch) -> anything, ahead of time, on the layout's mesh.
+
+    `check` sees the program before it is compiled.
+    """
     jitted = jax.jit(step, out_shardings=out_shardings, **jit_options)
     # The mesh in context is for models that pin their activations. It must not make NNX shard
     # variables on its own account while modules are put together.
     with nnx.use_eager_sharding(False), jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
         lowered = jitted.lower(list(layout.abstract), batch)
+    check(lowered)
     with compile_cache.written_by_all():
         return lowered.compile()
 

@@ -1,7 +1,7 @@
 """Frozen, validated specifications, made from ConfigDicts at one boundary."""
 
 from launch.spec.cluster import Cluster, cluster_spec
-from launch.spec.compare import Difference, check_same_run, compare_configs
+from launch.spec.compare import Difference, check_same_run, compare_configs, flatten
 from launch.spec.errors import ConfigError, closest
 from launch.spec.fields import build, plain, require
 from launch.spec.files import LoadedConfig, load_config
@@ -36,6 +36,7 @@ __all__ = [
     "closest",
     "cluster_spec",
     "compare_configs",
+    "flatten",
     "load_config",
     "plain",
     "require",

@@ -47,7 +47,7 @@ def compare_configs(old: Any, new: Any, name: str = "config") -> list[Difference
       old, new: the two.
       name: what the fields' names begin with.
     """
-    old_fields, new_fields = dict(_flatten(_as_json(old))), dict(_flatten(_as_json(new)))
+    old_fields, new_fields = dict(flatten(_as_json(old))), dict(flatten(_as_json(new)))
     differences = []
     for field in sorted(old_fields.keys() | new_fields.keys()):
         before, after = old_fields.get(field, _ABSENT), new_fields.get(field, _ABSENT)
@@ -83,12 +83,13 @@ def _as_json(config: Any) -> Any:
     return json.loads(json.dumps(plain(config), default=str))
 
 
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """A nested mapping's fields by dotted names."""
     for key, value in node.items():
         if key == "schema" and not prefix:
             continue  # Of the record, not of the config.
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):  # An empty section has no fields, as an absent one.
-            yield from _flatten(value, f"{name}.")
+            yield from flatten(value, f"{name}.")
         else:
             yield name, value
