@@ -271,6 +271,12 @@ def _shortened(text: str, length: int) -> str:
     return f"{text[:half]}\n[... {len(text) - 2 * half} characters ...]\n{text[-half:]}"
 
 
+def utc(seconds: float) -> str:
+    """Seconds since the epoch as ISO 8601 in UTC."""
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{int(seconds % 1 * 1e6):06d}Z"
+
+
 def write_atomically(path: str | os.PathLike[str], text: str, mode: int = 0o666) -> None:
     """Write a small file so that a reader sees the old text or the new, never half of it.
 

@@ -9,7 +9,7 @@ import selectors
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from launch import agent
+from launch.agent.processes import become_subreaper, kill_descendants
 from launch.backends.local import AgentProcess
 from launch.events import (
     Event,
@@ -137,7 +137,7 @@ class AgentLink:
             self._process.popen.stdout.close()
         self._process.popen.wait()
         if not self.done:
-            agent.kill_descendants(spare=list(others))
+            kill_descendants(spare=list(others))
 
 
 class Gang:
@@ -167,7 +167,7 @@ class Gang:
     ) -> None:
         """Start an agent for each plan."""
         # What a killed agent leaves behind comes to this process, which kills it.
-        agent.become_subreaper()
+        become_subreaper()
         for plan in plans:
             link = AgentLink(start_agent(plan), self._lease_seconds, now)
             self._links[link.fd] = link

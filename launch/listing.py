@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from launch import contract, registry, rundir
-from launch.agent import utc
 from launch.console import print_all
+from launch.contract import utc
 from launch.live import WAITING
 from launch.registry import Entry
 from launch.standing import SILENT, Standing, standing

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from launch import contract, rundir
-from launch.agent import utc
+from launch.contract import utc
 from launch.times import seconds_of
 
 STARTING = "starting"  # Agents and processes are being started.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import contract, rundir
-from launch.agent import utc
+from launch.contract import utc
 from launch.spec.errors import ConfigError, closest
 
 STATE_DIR = "MUSTER_STATE_DIR"

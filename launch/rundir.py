@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import contract
-from launch.agent import utc
+from launch.contract import utc
 from launch.events import Retry, Verdict
 from launch.spec import ConfigError, check_same_run
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from launch import contract, live, registry, rundir, stop
-from launch.agent import utc
 from launch.console import print_all
+from launch.contract import utc
 from launch.goodput import AttemptTimes, Goodput, goodput
 from launch.program import shown_command
 from launch.standing import Standing, standing

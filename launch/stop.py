@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import contract, rundir
-from launch.agent import utc
+from launch.contract import utc
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,15 +15,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launch import agent, contract, rundir
+from launch import contract, rundir
 from launch.program import Program
 from launch.spec import Cluster
 
 # How long a process may take to end once the launcher is gone; within its promise of 10 seconds.
 OWNER_GONE_GRACE_SECONDS = 5.0
-HOOK_DIRECTORY = Path(agent.__file__).parent / "hook"
+HOOK_DIRECTORY = Path(contract.__file__).parent / "hook"
 # Isolated and without site packages: a bare interpreter starts twice as fast.
-AGENT = [sys.executable, "-I", "-S", agent.__file__]
+AGENT = [
+    *(sys.executable, "-I", "-S", "-c"),
+    "import sys; sys.path.insert(0, sys.argv[1]); from launch.agent.agent import main; main()",
+    str(HOOK_DIRECTORY.parents[1]),
+]
 _LOOPBACK = "127.0.0.1"
 
 

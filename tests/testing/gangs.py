@@ -140,7 +140,7 @@ class MusterCommand:
                     command = (entry / "cmdline").read_bytes()
                 except OSError:
                     continue
-                if lock in open_files and b"agent.py" in command:
+                if lock in open_files and b"launch.agent" in command:
                     found.append(int(entry.name))
         return found
 

@@ -3,13 +3,13 @@ say what has ended: `python -m tests.testing.skewed run ...`."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 import types
 from typing import Any
 
-from launch import agent, main
+from launch import main
+from launch.agent import agent, process
 from launch.backends import local
 
 SKEW_SECONDS = 3600.0
@@ -18,24 +18,20 @@ DELAY_SECONDS = 0.3
 
 def be_agent() -> None:
     """Be the agent of local1: Muster's own, with another clock."""
-    spec = importlib.util.spec_from_file_location("skewed_agent", agent.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    clock = types.SimpleNamespace(**vars(time))
+    clock: Any = types.SimpleNamespace(**vars(time))
     clock.monotonic = lambda: time.monotonic() + SKEW_SECONDS
     clock.time = lambda: time.time() - SKEW_SECONDS
-    module.time = clock
-    report = module.Agent._report
+    for module in (agent, process):
+        module.time = clock
+    report = agent.Agent._report
 
     def report_late(self: Any, **event: Any) -> None:
         if event["event"] == "exited":
             time.sleep(DELAY_SECONDS)
         report(self, **event)
 
-    module.Agent._report = report_late
-    module.main()
+    agent.Agent._report = report_late
+    agent.main()
 
 
 def run(argv: list[str]) -> int:

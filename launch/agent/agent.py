@@ -1,0 +1,339 @@
+"""Runs one plan to its end; see the package's text for the protocol."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+from launch import contract
+from launch.agent.log import Log
+from launch.agent.process import STACKS_SIGNAL_OFFSET, Process, read
+from launch.agent.processes import become_subreaper, die_with_parent, kill_descendants, send
+
+_POLL_SECONDS = 0.1  # Between two looks at progress, exceptions and the size of logs.
+_STACKS_SECONDS = 3.0  # How long a process may take to write its stacks.
+_QUIET_SECONDS = 0.05  # What is written in a burst is complete after this.
+_STACKS_BYTES = 1 << 16  # Most that is reported of one process's stacks.
+
+
+class Agent:
+    """Runs one plan to its end."""
+
+    def __init__(self, plan, leftover=b""):
+        self._plan = plan
+        self._running = {}  # pid -> Process
+        self._unread = leftover
+        self._unsent = b""
+        self._answered_at = time.monotonic()  # The plan counts as the first lease.
+        self._lease_until = self._answered_at + plan["lease_seconds"]
+        self._input_open = True
+        self._kill_at = None  # Once nothing but the end is left.
+
+    def run(self):
+        """Start everything, see it through, leave nothing."""
+        become_subreaper()
+        wakeup = self._set_up_signals()
+        os.set_blocking(1, False)
+        for process in self._plan["processes"]:
+            self._start(process)
+        self._obey(b"")  # Commands that came right behind the plan.
+        while True:
+            self._reap()
+            if not self._running:
+                break
+            self._check_lease()
+            self._look()
+            self._wait(wakeup)
+        self._report(event="done", leftover=kill_descendants())
+        self._say_the_rest()
+
+    def _wait(self, wakeup):
+        """Wait for a command, the end of a process, or the time of the next look."""
+        awaited = any(process.asked for process in self._running.values())
+        seconds = _QUIET_SECONDS / 2 if awaited else _POLL_SECONDS
+        readable = [wakeup, 0] if self._input_open else [wakeup]
+        ready = select.select(readable, [1] if self._unsent else [], [], seconds)
+        if wakeup in ready[0]:
+            os.read(wakeup, 4096)
+        # Before the input is read: an agent that was itself suspended must not find a lease there
+        # that came in time, and go on. Its owner has given it up.
+        self._check_lease()
+        if 0 in ready[0]:
+            data = os.read(0, 65536)
+            if data:
+                self._obey(data)
+            else:
+                self._lose_owner()
+        if 1 in ready[1]:
+            self._flush()
+
+    def _set_up_signals(self):
+        """Make SIGCHLD wake select, and a signal to the agent count as the owner's going."""
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: self._lose_owner())
+        return read_end
+
+    def _start(self, plan):
+        """Start one process in a session of its own, its output straight onto its log."""
+        env = dict(os.environ, **plan["env"])
+        if self._plan["hook"]:
+            before = env.get("PYTHONPATH")
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, [self._plan["hook"], before]))
+        log = Log(plan["log"], self._plan["max_log_bytes"])
+        try:
+            child = subprocess.Popen(
+                plan["argv"],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log.fd,
+                stderr=log.fd,
+                start_new_session=True,
+                preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 (there are no threads here)
+            )
+        except (OSError, ValueError) as error:
+            log.close()
+            reason = getattr(error, "strerror", None) or str(error)
+            self._not_started(plan, "%s: %s" % (plan["argv"][0], reason))
+            return
+        child.returncode = 0  # Popen must not wait for it: _reap does.
+        process = self._running[child.pid] = Process(plan, log, child.pid)
+        self._report(event="started", process_id=plan["process_id"], pid=process.pid)
+
+    def _not_started(self, plan, message):
+        now = contract.utc(time.time())
+        record = {
+            "schema": contract.SCHEMA,
+            "process_id": plan["process_id"],
+            "host": self._plan["host"],
+        }
+        record.update(not_started=message, started_at=now, ended_at=now)
+        self._write_record(plan, record)
+        self._report(event="not_started", process_id=plan["process_id"], message=message)
+
+    # ------------------------------------------------------------------ what the owner says
+
+    def _obey(self, data):
+        """Carry out the commands that are complete."""
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if message["command"] == "lease":
+                self._renew(message["echo"])
+            elif message["command"] == "stacks":
+                for process in self._running.values():
+                    self._ask_for_stacks(process)
+            else:
+                stop = message["command"] == "stop"
+                self._signal(signal.SIGTERM if stop else signal.SIGKILL)
+
+    def _renew(self, echo):
+        # From the last answer on, after which the owner sent this: see the module's text.
+        self._lease_until = self._answered_at + self._plan["lease_seconds"]
+        new = [process for process in self._running.values() if process.unsaid]
+        progress = [
+            [p.plan["process_id"], p.progress["step"], p.progress["phase"], p.changed_at]
+            for p in new
+        ]
+        for process in new:
+            process.unsaid = False
+        self._answered_at = time.monotonic()
+        self._report(event="pulse", echo=echo, progress=progress)
+
+    def _check_lease(self):
+        """Stop in time before the lease is over, and kill when something's time is up."""
+        now = time.monotonic()
+        grace = min(self._plan["max_grace_seconds"], self._plan["lease_seconds"] / 3)
+        if self._kill_at is None and now >= self._lease_until - grace:
+            self._kill_at = self._lease_until
+            self._signal(signal.SIGTERM)
+        if self._kill_at is not None and now >= self._kill_at:
+            self._signal(signal.SIGKILL)
+            self._kill_at = now + 1
+
+    def _lose_owner(self):
+        """Stop by oneself."""
+        self._input_open = False
+        if self._kill_at is None:
+            self._kill_at = time.monotonic() + self._plan["max_grace_seconds"]
+            self._signal(signal.SIGTERM)
+
+    def _signal(self, number):
+        for process in self._running.values():
+            if process.told_at is None:
+                process.told_at, process.told_time = time.monotonic(), time.time()
+            send(os.killpg, process.pid, number)
+
+    # ------------------------------------------------------------------ what the processes do
+
+    def _look(self):
+        """Take in what the processes have written."""
+        for process in self._running.values():
+            if process.look():
+                self._report(
+                    event="raised",
+                    process_id=process.plan["process_id"],
+                    failure=process.failure,
+                )
+            if process.asked:
+                self._collect_stacks(process)
+            self._trim(process)
+
+    def _trim(self, process):
+        try:
+            process.log.trim()
+        except OSError as error:  # A full disk, say: the process writes on as it can.
+            self._complain("cannot shorten %s" % process.plan["log"], error)
+
+    def _ask_for_stacks(self, process):
+        state, where = process.state()
+        try:
+            with open(process.plan["stacks"], "a") as file:
+                now = contract.utc(time.time())
+                file.write("--- asked at %s: state %s, in %s\n" % (now, state, where or "?"))
+                size = file.tell()
+        except OSError as error:
+            self._complain("cannot write %s" % process.plan["stacks"], error)
+            size = 0
+        process.asked = (time.monotonic(), size, size)
+        if process.answers():
+            # To the process alone; its group's other members have no handler.
+            send(os.kill, process.pid, signal.SIGRTMIN + STACKS_SIGNAL_OFFSET)
+        else:
+            self._report_stacks(process, "")
+
+    def _collect_stacks(self, process):
+        """Report stacks when all of them are there, or when their time is over."""
+        asked_at, start, last_size = process.asked
+        data = read(process.plan["stacks"])
+        now = time.monotonic()
+        quiet = len(data) == last_size > start
+        if quiet or now > asked_at + _STACKS_SECONDS:
+            text = data[start : start + _STACKS_BYTES].decode("utf-8", "replace")
+            self._report_stacks(process, text)
+        else:
+            process.asked = (asked_at, start, len(data))
+
+    def _report_stacks(self, process, text):
+        process.asked = None
+        self._report(
+            event="stacks",
+            process_id=process.plan["process_id"],
+            state=process.state()[0],
+            text=text,
+        )
+
+    def _reap(self):
+        """Take every child that has ended; adopted orphans are reaped in passing."""
+        while True:
+            try:
+                # Not reaped yet: while it is a zombie no other process can get its group's id.
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            process = self._running.pop(ended.si_pid, None)
+            if process is None:
+                os.waitpid(ended.si_pid, 0)
+                continue
+            send(os.killpg, ended.si_pid, signal.SIGKILL)
+            ended_at = time.monotonic()
+            oom_killed = process.was_oom_killed(ended.si_status)
+            usage = os.wait4(ended.si_pid, 0)[2]
+            self._record_exit(process, ended, ended_at, oom_killed, usage.ru_maxrss * 1024)
+
+    def _record_exit(self, process, ended, ended_at, oom_killed, peak_memory_bytes):
+        """Write the exit record, then report.
+
+        `peak_memory_bytes` is the most that was resident of the process, or of one of its children
+        that it had waited for.
+        """
+        process.look()
+        self._trim(process)
+        by_signal = ended.si_code != os.CLD_EXITED
+        progress = process.progress or {}
+        record = {
+            "schema": contract.SCHEMA,
+            "process_id": process.plan["process_id"],
+            "host": self._plan["host"],
+            "pid": process.pid,
+            "exit_code": None if by_signal else ended.si_status,
+            "signal": ended.si_status if by_signal else None,
+            "started_at": contract.utc(process.started),
+            "ended_at": contract.utc(time.time()),
+            "told_at": process.told_time and contract.utc(process.told_time),
+            "step": progress.get("step"),
+            "phase": progress.get("phase"),
+            "progress": process.progress,
+            "exception": process.failure,
+            "oom_killed": oom_killed,
+            "peak_memory_bytes": peak_memory_bytes,
+            "last_lines": process.log.last_lines(),
+            "log_dropped_bytes": process.log.dropped,
+        }
+        process.log.close()
+        self._write_record(process.plan, record)
+        if not read(process.plan["stacks"]):
+            with contextlib.suppress(OSError):
+                os.unlink(process.plan["stacks"])
+        self._report(
+            event="exited",
+            process_id=process.plan["process_id"],
+            time=ended_at,
+            told_at=process.told_at,
+            record=record,
+        )
+
+    def _write_record(self, plan, record):
+        try:
+            contract.write_atomically(plan["exit_record"], json.dumps(record), mode=0o600)
+        except OSError as error:  # A full disk must not keep the owner from hearing of it.
+            self._complain("cannot write %s" % plan["exit_record"], error)
+
+    def _complain(self, what, error):
+        with contextlib.suppress(OSError):
+            sys.stderr.write("%s: %s\n" % (what, error))
+            sys.stderr.flush()
+
+    # ------------------------------------------------------------------ what the owner is told
+
+    def _report(self, **event):
+        self._unsent += json.dumps(dict({"time": time.monotonic()}, **event)).encode() + b"\n"
+        self._flush()
+
+    def _flush(self):
+        """Send what the owner takes. An owner that does not read must not keep the agent from
+        its lease; without one nobody hears it, and end of input says that it is gone."""
+        with contextlib.suppress(BlockingIOError):
+            try:
+                while self._unsent:
+                    self._unsent = self._unsent[os.write(1, self._unsent) :]
+            except BrokenPipeError:
+                self._unsent = b""
+
+    def _say_the_rest(self):
+        """Before leaving, wait a lease's time for an owner that reads slowly."""
+        limit = time.monotonic() + self._plan["lease_seconds"]
+        while self._unsent and time.monotonic() < limit:
+            select.select([], [1], [], 1.0)
+            self._flush()
+
+
+def main():
+    """Read the plan and run it."""
+    data = b""
+    while b"\n" not in data:
+        more = os.read(0, 65536)
+        if not more:
+            return  # The owner left before it said what to do.
+        data += more
+    line, _, leftover = data.partition(b"\n")
+    Agent(json.loads(line), leftover).run()

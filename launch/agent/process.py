@@ -1,0 +1,113 @@
+"""One process of the plan: what it reports, what state it is in, what ended it."""
+
+import json
+import os
+import re
+import signal
+import time
+
+STACKS_SIGNAL_OFFSET = 7  # SIGRTMIN + 7 asks a process for its stacks (launch/hook/sitecustomize).
+
+
+def read(path):
+    """A small file's bytes; b"" where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def _read_json(path):
+    """A JSON object from a file; None where there is none, or half of one."""
+    try:
+        record = json.loads(read(path))
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+class Process:
+    """One process of the plan, and what is known of it."""
+
+    def __init__(self, plan, log, pid):
+        self.plan = plan
+        self.log = log
+        self.pid = pid
+        self.started = time.time()
+        self.told_at = None  # When a signal of ours was sent, on both clocks.
+        self.told_time = None
+        self.progress = None  # The last report that was read.
+        self.changed_at = None  # When its step or phase changed last.
+        self.unsaid = False  # Whether that has still to be reported.
+        self.failure = None
+        self.oom_counter = _oom_kill_counter(pid)
+        self.oom_kills = _oom_kills(self.oom_counter), _oom_kills("/proc/vmstat")
+        self.asked = None  # (when, size of the stacks file) while stacks are awaited.
+
+    def look(self):
+        """Read its progress and its exception; whether the exception is new."""
+        # Twice, because it is written in place: half of a report differs from the next look.
+        data = read(self.plan["progress"])
+        if data and data == read(self.plan["progress"]):
+            self._take_report(data)
+        if self.failure is None:
+            self.failure = _read_json(self.plan["failure"])
+            return self.failure is not None
+        return False
+
+    def _take_report(self, data):
+        try:
+            report = json.loads(data)
+            step, phase = report["step"], report["phase"]
+        except (ValueError, TypeError, KeyError):
+            return
+        if type(step) is not int or not isinstance(phase, str):
+            return
+        before = self.progress
+        self.progress = report
+        if before is None or (before["step"], before["phase"]) != (step, phase):
+            self.changed_at = time.monotonic()
+            self.unsaid = True
+
+    def state(self):
+        """The letter of its state, and what of the kernel it waits in."""
+        status = read("/proc/%d/stat" % self.pid).rpartition(b")")[2].split()
+        where = read("/proc/%d/wchan" % self.pid).decode("ascii", "replace")
+        return (status[0].decode() if status else ""), where
+
+    def answers(self):
+        """Whether it catches the signal that asks for stacks, so that it does not die of it."""
+        number = signal.SIGRTMIN + STACKS_SIGNAL_OFFSET
+        caught = re.search(rb"^SigCgt:\s*(\w+)$", read("/proc/%d/status" % self.pid), re.M)
+        return bool(caught and int(caught.group(1), 16) >> (number - 1) & 1)
+
+    def was_oom_killed(self, number):
+        """Whether the kernel ended it for want of memory; only while it is a zombie."""
+        if number != signal.SIGKILL or self.told_at is not None:
+            return False
+        here, anywhere = self.oom_kills
+        if _oom_kills("/proc/vmstat") <= anywhere:
+            return False
+        counter = _oom_kill_counter(self.pid) or self.oom_counter
+        if counter != self.oom_counter:
+            here = 0  # It has moved since; nobody looked at that cgroup before.
+        # Where cgroups cannot be read, the machine's own count must do.
+        return not os.path.exists(counter or "") or _oom_kills(counter) > here
+
+
+def _oom_kill_counter(pid):
+    """The file that counts what the kernel killed for want of memory in a process's cgroup."""
+    for line in read("/proc/%d/cgroup" % pid).decode("utf-8", "replace").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            return "/sys/fs/cgroup%s/memory.events" % path
+        if "memory" in controllers.split(","):
+            return "/sys/fs/cgroup/memory%s/memory.oom_control" % path
+    return None
+
+
+def _oom_kills(file):
+    """How often the kernel killed for want of memory, by a file that says `oom_kill N`."""
+    found = re.search(rb"^oom_kill (\d+)$", read(file), re.MULTILINE) if file else None
+    return int(found.group(1)) if found else 0
