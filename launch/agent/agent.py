@@ -203,7 +203,7 @@ class Agent:
             self._complain("cannot write %s" % process.plan["stacks"], error)
             size = 0
         process.asked = (time.monotonic(), size, size)
-        if process.answers():
+        if state not in ("T", "t") and process.answers():  # Who is stopped would answer later.
             # To the process alone; its group's other members have no handler.
             send(os.kill, process.pid, signal.SIGRTMIN + STACKS_SIGNAL_OFFSET)
         else:

@@ -41,12 +41,14 @@ class Process:
         self.changed_at = None  # When its step or phase changed last.
         self.unsaid = False  # Whether that has still to be reported.
         self.failure = None
-        self.oom_counter = _oom_kill_counter(pid)
-        self.oom_kills = _oom_kills(self.oom_counter), _oom_kills("/proc/vmstat")
+        self._oom_kills = {"/proc/vmstat": _oom_kills("/proc/vmstat")}  # By what counts them.
+        self._oom_counter = None
+        self._look_at_cgroup()
         self.asked = None  # (when, size of the stacks file) while stacks are awaited.
 
     def look(self):
         """Read its progress and its exception; whether the exception is new."""
+        self._look_at_cgroup()
         # Twice, because it is written in place: half of a report differs from the next look.
         data = read(self.plan["progress"])
         if data and data == read(self.plan["progress"]):
@@ -55,6 +57,13 @@ class Process:
             self.failure = _read_json(self.plan["failure"])
             return self.failure is not None
         return False
+
+    def _look_at_cgroup(self):
+        """Note where it is, which may change: when it has ended it is nowhere any more."""
+        counter = _oom_kill_counter(self.pid)
+        if counter != self._oom_counter and counter is not None:
+            self._oom_counter = counter
+            self._oom_kills.setdefault(counter, _oom_kills(counter))
 
     def _take_report(self, data):
         try:
@@ -83,31 +92,31 @@ class Process:
         return bool(caught and int(caught.group(1), 16) >> (number - 1) & 1)
 
     def was_oom_killed(self, number):
-        """Whether the kernel ended it for want of memory; only while it is a zombie."""
+        """Whether the kernel ended it for want of memory."""
         if number != signal.SIGKILL or self.told_at is not None:
             return False
-        here, anywhere = self.oom_kills
-        if _oom_kills("/proc/vmstat") <= anywhere:
-            return False
-        counter = _oom_kill_counter(self.pid) or self.oom_counter
-        if counter != self.oom_counter:
-            here = 0  # It has moved since; nobody looked at that cgroup before.
-        # Where cgroups cannot be read, the machine's own count must do.
-        return not os.path.exists(counter or "") or _oom_kills(counter) > here
+        more = {file: _oom_kills(file) > before for file, before in self._oom_kills.items()}
+        # Where its cgroup cannot be read, the machine's own count must do.
+        return more["/proc/vmstat"] and more.get(self._oom_counter or "", True)
 
 
 def _oom_kill_counter(pid):
-    """The file that counts what the kernel killed for want of memory in a process's cgroup."""
+    """The file that counts what the kernel killed for want of memory in a process's cgroup; None
+    where there is none, and of a zombie, which has left its cgroup."""
     for line in read("/proc/%d/cgroup" % pid).decode("utf-8", "replace").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            return "/sys/fs/cgroup%s/memory.events" % path
         if "memory" in controllers.split(","):
-            return "/sys/fs/cgroup/memory%s/memory.oom_control" % path
+            file = "/sys/fs/cgroup/memory%s/memory.oom_control" % path
+        elif not controllers:
+            file = "/sys/fs/cgroup%s/memory.events" % path
+        else:
+            continue
+        if path != "/" and os.path.exists(file):
+            return file
     return None
 
 
 def _oom_kills(file):
     """How often the kernel killed for want of memory, by a file that says `oom_kill N`."""
-    found = re.search(rb"^oom_kill (\d+)$", read(file), re.MULTILINE) if file else None
+    found = re.search(rb"^oom_kill (\d+)$", read(file), re.MULTILINE)
     return int(found.group(1)) if found else 0

@@ -124,7 +124,7 @@ def render(cluster: Cluster, program: Program, attempt: AttemptSpec) -> list[dic
         first = index * cluster.processes_per_host
         processes = [
             {
-                **_files(attempt.path, process_id),
+                **files_of(attempt.path, process_id),
                 "process_id": process_id,
                 "argv": list(program.argv),
                 "env": {**process_env(cluster, attempt, process_id), **program.env},
@@ -145,7 +145,7 @@ def render(cluster: Cluster, program: Program, attempt: AttemptSpec) -> list[dic
     return plans
 
 
-def _files(attempt: Path, process_id: int) -> dict[str, str]:
+def files_of(attempt: Path, process_id: int) -> dict[str, str]:
     """Where one process's traces are kept."""
     return {
         "log": str(rundir.log_path(attempt, process_id)),

@@ -7,8 +7,8 @@ that it befalls.
 
 from __future__ import annotations
 
-import ctypes
 import os
+import re
 import resource
 import signal
 import sys
@@ -43,8 +43,8 @@ def befall(fault: str) -> None:
     elif fault in ("sleep", "absent"):
         time.sleep(10_000)
     elif fault == "spin":
-        # PyDLL keeps the interpreter's lock: no other thread of Python's runs any more.
-        ctypes.PyDLL(None).sleep(10_000)
+        # It takes ages and keeps the interpreter's lock: no other thread of Python's runs any more.
+        re.match("(a+)+$", "a" * 80 + "b")
     elif fault == "leave":
         os._exit(0)
     elif fault == "oom":
