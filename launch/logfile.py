@@ -1,9 +1,9 @@
 """One process's output as one stream of bytes, although its log is rotated while it is written.
 
-The agent keeps a log's size bounded: it copies what is there to `process-00003.log.OFFSET` and
-empties `process-00003.log`, which the process goes on writing to. OFFSET is where in the output
-that segment begins. The first segment (`.0`) and the newest are kept, those between are deleted;
-what is missing shows in names and sizes alone.
+The agent keeps a log's size bounded: it copies the beginning of `process-00003.log`, which the
+process goes on writing to, to `process-00003.log.OFFSET` and cuts it off. OFFSET is where in the
+output that segment begins. The first segment (`.0`) and the newest are kept, those between are
+deleted; what is missing shows in names and sizes alone.
 """
 
 from __future__ import annotations
@@ -160,12 +160,9 @@ class LogReader:
         """Find out where the log stands in the output, and what there is before it."""
         self._offsets = _offsets(self.path)
         *earlier, live = segments(self.path) or [Segment(self.path, self._start, 0)]
-        for segment in earlier:
-            if segment.start == self._start and live.start > self._start:
-                # What came in between copying and emptying may have been seen, and is in no file.
-                self.position = min(self.position, segment.end)
         if live.end < self.position:
-            self.position = live.start  # Emptied by somebody else: all that is there is new.
+            # Emptied: what came between its copying and that was seen, and is in no file.
+            self.position = live.start
         self._start, self._size = live.start, live.size
         self._earlier = [segment for segment in earlier if segment.end > self.position]
 

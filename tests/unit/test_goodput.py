@@ -1,0 +1,65 @@
+"""Where a run's time went."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from launch.goodput import PARTS, AttemptTimes, goodput
+
+
+def test_time_is_shared_out_to_what_it_was_spent_on():
+    first = AttemptTimes(0.0, 100.0, {"init": 10.0, "step": 60.0, "data": 5.0, "save": 5.0}, 0, 30)
+    # Went on from step 20: a third of the first attempt's steps were done again.
+    second = AttemptTimes(120.0, 200.0, {"restore": 10.0, "step": 60.0}, 20, 60)
+    spent = goodput([first, second])
+    assert spent.wall_seconds == 200.0
+    assert spent.seconds == pytest.approx(
+        {
+            "stepping": 40.0 + 60.0,
+            "lost_work": 20.0,
+            "init": 10.0,
+            "compile": 0.0,
+            "restore": 10.0,
+            "data_wait": 5.0,
+            "checkpoint": 5.0,
+            "eval": 0.0,
+            "queueing": 0.0,
+            "down": 20.0,
+            "other": 20.0 + 10.0,
+        }
+    )
+
+
+def test_time_after_a_stop_by_the_user_is_no_time_of_the_run():
+    first = AttemptTimes(0.0, 10.0, {"step": 10.0}, 0, 5, wanted_after=False)
+    assert goodput([first, AttemptTimes(1000.0, 1010.0, {"step": 10.0}, 5, 9)]).wall_seconds == 20.0
+
+
+def test_waiting_for_the_next_attempt_is_down():
+    assert goodput([AttemptTimes(0.0, 10.0, {"step": 10.0})], now=40.0).shares["down"] == 0.75
+
+
+def test_without_any_phase_on_record_there_is_nothing_to_say():
+    assert goodput([]) is None
+    assert goodput([AttemptTimes(0.0, 10.0, {})]) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_parts_are_the_whole_and_none_is_negative_whatever_the_clocks_say(seed):
+    chance = random.Random(seed)
+    attempts, clock = [], 0.0
+    for _ in range(chance.randint(1, 6)):
+        start = clock + chance.uniform(-5, 20)
+        clock = start + chance.uniform(-2, 50)
+        phases = chance.sample(["init", "compile", "step", "data", "save", "mine", "exit"], 3)
+        seconds = {phase: chance.uniform(-1, 40) for phase in phases}
+        first = chance.choice([None, chance.randint(0, 50)])
+        last = None if first is None else first + chance.randint(-3, 40)
+        wanted = chance.random() < 0.8
+        attempts.append(AttemptTimes(start, clock, seconds, first, last, wanted_after=wanted))
+    spent = goodput(attempts, now=chance.choice([None, clock + 3]))
+    assert spent is None or sum(spent.seconds.values()) == pytest.approx(spent.wall_seconds)
+    assert spent is None or sum(spent.shares.values()) == pytest.approx(1.0)
+    assert spent is None or min(spent.seconds[part] for part in PARTS) >= 0.0
