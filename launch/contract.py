@@ -161,6 +161,8 @@ class _ProgressReporter:
         self._fd: int | None = None
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # What somebody wrote before, a parent say, must not show behind the first report.
+            self._width = os.fstat(self._fd).st_size
         except OSError as error:
             self._give_up(error)
 

@@ -10,7 +10,7 @@ scripts/setup_env.sh .venv test
 .venv/bin/ruff check --quiet .
 .venv/bin/mypy
 if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
-# The first two run on two cores at once; tests that start gangs need both cores for each.
+# Two or three at once: gangs mostly wait, for one another or for a limit to be over.
 .venv/bin/python -m pytest -q -n 2 tests/unit
 .venv/bin/python -m pytest -q -n 2 tests/transformations
-.venv/bin/python -m pytest --durations=15 --ignore=tests/unit --ignore=tests/transformations
+.venv/bin/python -m pytest -q -n 3 --durations=15 --ignore=tests/unit --ignore=tests/transformations

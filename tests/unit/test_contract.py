@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
+import textwrap
 import threading
 
 import pytest
 
 from launch import contract
+from tests.testing.gangs import ROOT
 
 
 @pytest.fixture
@@ -63,16 +67,25 @@ def test_a_report_that_is_shorter_than_the_last_leaves_nothing_of_it(progress):
     assert (progress()["step"], progress()["note"]) == (1, "y")
 
 
-def test_a_forked_child_does_not_report_for_its_parent(progress):
-    contract.report_progress(1)
-    pid = os.fork()
-    if pid == 0:
-        del os.environ[contract.PROGRESS_FILE]
-        contract.report_progress(9)
-        os._exit(0)
-    os.waitpid(pid, 0)
-    contract.report_progress(2)
-    assert progress()["step"] == 2
+def test_a_forked_child_reports_with_a_file_of_its_own_descriptor(progress):
+    program = """
+        import os
+        from launch import contract
+        contract.report_progress(1, "step", note="the parent's")
+        reporter = contract._reporters[os.environ[contract.PROGRESS_FILE]]
+        reporter._lock.acquire()  # As another thread might have it at the fork.
+        if os.fork() == 0:
+            contract.report_progress(9)
+            os._exit(0)
+        os.wait()
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=30,
+    )
+    assert (progress()["step"], progress()["first_step"]) == (9, 9)
 
 
 def test_a_report_that_cannot_be_written_is_told_once_and_ends_nothing(
@@ -87,7 +100,7 @@ def test_a_report_that_cannot_be_written_is_told_once_and_ends_nothing(
 def test_two_threads_do_not_tear_a_report(progress):
     def report(phase):
         for step in range(2000):
-            contract.report_progress(step, phase, **{phase: "x" * (step % 50)})
+            contract.report_progress(step, phase, **{f"{phase}_note": "x" * (step % 50)})
 
     threads = [threading.Thread(target=report, args=(phase,)) for phase in ("data", "step")]
     for thread in threads:
