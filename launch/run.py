@@ -20,7 +20,7 @@ from launch import attach, detach, registry, rundir
 from launch.backends import local
 from launch.console import Console
 from launch.controller import Backend, Controller
-from launch.program import Program, trainer_program, without_secrets
+from launch.program import Program, shown_command, trainer_program, without_secrets
 from launch.spec import Cluster, ConfigError, cluster_spec, load_config, plain, train_spec
 from launch.supervise import Policy, Supervisor
 
@@ -233,7 +233,7 @@ def fits(request: Request, hosts: int) -> bool:
 def run_record(request: Request) -> dict[str, Any]:
     """What run.json says of how the run was started, as plain JSON."""
     record = {
-        "command": list(request.command),
+        "command": shown_command(request.command),
         "program": list(request.program.argv),
         "cwd": os.getcwd(),
         "cluster": _cluster_record(request.cluster),

@@ -22,7 +22,7 @@ _TOO_MANY_THREADS = re.compile(r"^\.\.\.$", re.M)  # At the left edge; frames ar
 _WAITS = re.compile(r"/(jax|jaxlib)/|/trainer/(agreement|rollcall)\.py$|/orbax/.*multihost")
 # Compiling and tracing are work of this process's own.
 _WORKS = re.compile(r"/jax/_src/(compiler|compilation_cache|interpreters/(mlir|partial_eval))\.py$")
-_WAITING_HELPERS = re.compile(r"/(threading|queue|concurrent/futures/_base)\.py$")
+_WAITING_HELPERS = re.compile(r"/(threading|queue|socket|selectors|concurrent/futures/_base)\.py$")
 _LIBRARY = re.compile(r"/(site|dist)-packages/|/lib/python3[^/]*/|^<")
 
 

@@ -16,7 +16,7 @@ def get_config() -> config_dict.ConfigDict:
             "processes_per_host": 2,
             "devices_per_process": 4,  # CPU devices; they share this machine's cores
             "grace_seconds": 60.0,  # after Ctrl-C or SIGTERM, to save a checkpoint
-            # Further attempts after failures, and after preemptions and lost hosts; docs/watching.md.
+            # Further attempts after failures, and after preemptions and lost hosts.
             "restart": {"max_failures": 0, "max_preemptions": 0},
             "env": {},  # `--cluster.env.NAME=VALUE` adds to it
         }

@@ -195,7 +195,8 @@ class Agent:
     def _ask_for_stacks(self, process):
         state, where = process.state()
         try:
-            with open(process.plan["stacks"], "a") as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            with open(os.open(process.plan["stacks"], flags, 0o600), "a") as file:
                 now = contract.utc(time.time())
                 file.write("--- asked at %s: state %s, in %s\n" % (now, state, where or "?"))
                 size = file.tell()

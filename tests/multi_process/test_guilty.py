@@ -39,7 +39,7 @@ WORDS = {
     "kill": "SIGKILL",
     "stop": "stopped",
     "sleep": "befall",
-    "spin": "befall",
+    "spin": "main thread is in match",
     "leave": "exit code 0",
     "oom": "memory",
     "import": "ValueError: the import fault",
