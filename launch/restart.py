@@ -14,6 +14,7 @@ from launch.spec import RestartPolicy
 _PREEMPTIONS = ("preempted", "time_limit", "host_lost")
 _NEVER = ("completed", "config", "stopped")
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+\b")
+_OF_THE_NETWORK = re.compile(r"Connection|Timeout|HTTP|URLError|gaierror", re.IGNORECASE)
 _MAX_DOUBLINGS = 60  # More would not fit a float, and no wait is that long.
 
 
@@ -58,7 +59,7 @@ class Restarts:
         self._failures = 0
         self._preemptions = 0
         self._without_gain = 0
-        self._last_exception: tuple[int, str, str] | None = None
+        self._last_exception: tuple[int | None, str, str] | None = None
 
     def after(self, outcome: Outcome) -> Retry:
         """Decide what follows an attempt; call it once for each, in order."""
@@ -106,12 +107,15 @@ class Restarts:
         """Remember what was raised, and say so if it is the same as in the attempt before."""
         failure, step = outcome.verdict.failure, outcome.guilty_step
         before, self._last_exception = self._last_exception, None
-        if failure is None or step is None or outcome.verdict.cause not in ("exception", "oom"):
+        if failure is None or outcome.verdict.cause not in ("exception", "oom"):
             return ""
+        if step is None and _OF_THE_NETWORK.search(failure.type):
+            return ""  # Before the first step a peer or a server may just not be there yet.
         self._last_exception = (step, failure.type, _normalized(failure))
         if self._last_exception != before:
             return ""
-        return f"given up: the same {type_name(failure)} at step {step} twice; it would fail again"
+        where = "before any step" if step is None else f"at step {step}"
+        return f"given up: the same {type_name(failure)} {where} twice; it would fail again"
 
     def _delay(self) -> float:
         """Seconds until the next attempt: twice as long after each one that gained nothing."""

@@ -46,7 +46,12 @@ def _what_happened(verdict: Verdict, attempt: Path) -> str:
     )
     lines = list(verdict.last_lines[-_QUOTED_LINES:]) or last_lines(log, _QUOTED_LINES)
     if lines:
-        told += ["muster: its last lines:", *(f"    {line}" for line in lines)]
+        whose = (
+            "the agent's log"
+            if verdict.guilty_process is None
+            else f"process {verdict.guilty_process}"
+        )
+        told += [f"muster: last lines of {whose}:", *(f"    {line}" for line in lines)]
         told += [f"muster: full log: {log}"]
     return "\n".join(told)
 

@@ -107,11 +107,18 @@ def test_the_same_exception_at_the_same_step_twice_is_final():
     assert retry.why == "given up: the same ValueError at step 5 twice; it would fail again"
 
 
+def test_the_same_exception_before_any_step_twice_is_final():
+    decider = restarts(max_failures=9)
+    assert decider.after(outcome("exception", None, "KeyError: 'a'")).again
+    retry = decider.after(outcome("exception", None, "KeyError: 'a'"))
+    assert retry.why == "given up: the same KeyError before any step twice; it would fail again"
+
+
 OTHERS = {
     "another step": [(5, "ValueError: x"), (6, "ValueError: x")],
     "another message": [(5, "ValueError: x"), (5, "ValueError: y")],
     "another class": [(5, "ValueError: x"), (5, "KeyError: x")],
-    "no step": [(None, "ValueError: x"), (None, "ValueError: x")],
+    "a peer that is not there yet": [(None, "ConnectionError: x"), (None, "ConnectionError: x")],
     "no exception": [(5, None), (5, None)],
     "something in between": [(5, "ValueError: x"), (6, None), (5, "ValueError: x")],
 }

@@ -27,7 +27,7 @@ def test_the_guilty_process_is_told_with_its_own_lines_and_what_follows(tmp_path
     first, second = last_words(verdict, retry, tmp_path)
     assert first.splitlines()[0] == "muster: error: process 1/2 raised"
     assert first.splitlines()[-4:] == [
-        "muster: its last lines:",
+        "muster: last lines of process 1:",
         "    a",
         "    b",
         f"muster: full log: {rundir.log_path(tmp_path, 1)}",
