@@ -158,7 +158,7 @@ def _of_accusation(
     assert failure is not None
     if type_name(failure) == "ConfigError" or accuser.exit_code == contract.EXIT_CONFIG:
         cause, code, how = "config", contract.EXIT_CONFIG, "differs from the others"
-    elif type_name(failure) == "TimeoutError":
+    elif type_name(failure) in ("TimeoutError", "AbsentError"):  # The latter is the trainer's.
         cause, code, how = "start_timeout", contract.EXIT_FAILED, "did not come"
     else:
         cause, code, how = "exception", contract.EXIT_FAILED, "is to blame"

@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -105,8 +105,31 @@ def gather(name: str, value: Any, timeout_seconds: float = 300.0) -> list[Any]:
     Raises:
       TimeoutError: some processes did not speak in time; the text names them.
     """
+    return settle(name, value, lambda values: values, timeout_seconds)
+
+
+def settle(
+    name: str, value: Any, judge: Callable[[list[Any]], Any], timeout_seconds: float = 300.0
+) -> Any:
+    """Collect one JSON value from each process, and tell all what the lead makes of them.
+
+    Collective: every process must call this. Where thousands have much to say, it spares the lead
+    from sending all of it to each of them.
+
+    Args:
+      name: what is settled; calls of one name must come in the same order on every process.
+      value: a JSON value.
+      judge: makes a JSON value of all values, in the order of process ids. The lead calls it.
+      timeout_seconds: how long to wait for the others.
+
+    Returns:
+      On every process, what `judge` returned.
+
+    Raises:
+      TimeoutError: some processes did not speak in time; the text names them.
+    """
     if jax.process_count() == 1:
-        return [json.loads(json.dumps(value))]
+        return json.loads(json.dumps(judge([json.loads(json.dumps(value))])))
     number = next(_calls[f"gather/{name}"])
     key = f"muster/gather/{name}/{number}"
     answer: dict[str, Any] = {}
@@ -117,7 +140,8 @@ def gather(name: str, value: Any, timeout_seconds: float = 300.0) -> list[Any]:
             # Those that come after a missing one have had their time too.
             texts.append(_get(f"{key}/{process}", max(0.01, deadline - time.monotonic())))
         answer["missing"] = [process for process, text in enumerate(texts) if text is None]
-        answer["values"] = [None if text is None else json.loads(text) for text in texts]
+        if not answer["missing"]:
+            answer["value"] = judge([json.loads(text) for text in texts if text is not None])
     else:
         _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
         _forget(f"{key}/{jax.process_index()}", place=-2)
@@ -125,12 +149,13 @@ def gather(name: str, value: Any, timeout_seconds: float = 300.0) -> list[Any]:
     answer = _broadcast(f"{key}/all", name, answer, timeout_seconds + 10.0)
     if answer["missing"]:
         listed = ", ".join(map(str, answer["missing"]))
-        raise AbsentError(
+        error = AbsentError(
             f"{name!r}: process(es) {listed} of {jax.process_count()} did not come within "
             f"{timeout_seconds:g} s; see their logs",
-            accuses=answer["missing"],
+            answer["missing"],
         )
-    return answer["values"]
+        fail_together(error, error.accuses)
+    return answer["value"]
 
 
 def barrier(name: str, timeout_seconds: float = 300.0) -> None:

@@ -1,31 +1,40 @@
-"""Before the first step: are all processes about to run the same training?
+"""What a process starts with, as a flat dict of short texts that can be compared between processes:
+its config, its packages, its environment and its code.
 
-Another config, another version of a package or a stale file on one host makes a gang hang in a
-collective, or train something that nobody asked for. So every process compares what it has with
-what the lead has, by one exchange over the coordination service, and the processes that differ are
-named with what differs.
+A field is `SECTION/NAME`. Its text is what a person is shown, or a hash where that says enough.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import importlib.metadata
+import json
 import os
 import platform
-import site
 import sys
 import sysconfig
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from importlib import metadata
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 
-from launch.spec import ConfigError, flatten
-from trainer import agreement
+from launch.spec import flatten
 
-# Packages of which another version may train otherwise, or not speak with this one.
+Fingerprint = dict[str, str]
+
+# Sections, in the order in which differences are told: what explains most comes first.
+CONFIG, PACKAGE, ENVIRONMENT, JAX_OPTION, CODE, PROGRAM = SECTIONS = (
+    "config",
+    "package",
+    "environment",
+    "jax option",
+    "code",
+    "program",
+)
+# Of these only hashes are known, and only where both sides have the field: a module that just the
+# lead loads, say to draw a picture, is no difference.
+HASHED = (CODE, PROGRAM)
+
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -34,171 +43,183 @@ PACKAGES = (
     "orbax-checkpoint",
     "grain",
     "numpy",
+    "ml_dtypes",
+    "muster",
     "libtpu",
-    "jax-cuda12-plugin",
-    "jax-cuda13-plugin",
+    *(f"jax-cuda{n}-{part}" for n in (12, 13) for part in ("plugin", "pjrt")),
+    *(f"nvidia-{library}-cu{n}" for n in (12, 13) for library in ("cudnn", "nccl")),
+    "nvidia-cublas-cu12",
+    "nvidia-cublas",
 )
-# Of JAX's settings, those that change what is computed or how it is compiled.
-JAX_SETTINGS = (
+
+# Read by compilers and libraries behind JAX, not by JAX.
+VARIABLES = (
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "NVIDIA_TF32_OVERRIDE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NCCL_ALGO",
+    "NCCL_PROTO",
+)
+_FREE_FLAGS = ("--xla_dump_",)  # Each process may have its own place to write to.
+
+# What JAX has made of its variables (JAX_ENABLE_X64, ...) and of the program's own wishes.
+JAX_OPTIONS = (
     "jax_enable_x64",
     "jax_default_matmul_precision",
-    "jax_default_prng_impl",
-    "jax_threefry_partitionable",
     "jax_numpy_dtype_promotion",
+    "jax_default_prng_impl",
+    "jax_enable_custom_prng",
+    "jax_threefry_partitionable",
+    "jax_threefry_gpu_kernel_lowering",
+    "jax_random_seed_offset",
+    "jax_softmax_custom_jvp",
     "jax_debug_nans",
+    "jax_debug_infs",
     "jax_disable_jit",
+    "jax_disable_most_optimizations",
+    "jax_optimization_level",
+    "jax_exec_time_optimization_effort",
+    "jax_memory_fitting_effort",
+    "jax_memory_fitting_level",
+    "jax_compiler_enable_remat_pass",
+    "jax_use_shardy_partitioner",
+    "jax_cpu_collectives_implementation",
 )
-FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-_OWN_FLAG = "--xla_dump"  # Where a process dumps to is its own affair.
-_OWN_PACKAGES = ("trainer", "launch", "configs")
-_MOST_TOLD = 5
-_ABSENT = "(absent)"
 
-Fingerprint = Mapping[str, str]  # What is compared -> its value, or a hash of it.
+THE_CONFIG_FILE = "the config file"
+_CONFIG_MODULE = "config_config"  # As `launch.spec.load_config` calls the file behind `--config`.
+_LONGEST = 100  # Characters of a value that are shown.
 
 
-def check(config: Any) -> None:
-    """Compare this process's config, code, packages and settings with all others'.
-
-    Collective: every process must call this, directly after `distributed.initialize`.
+def of_start(config: Mapping[str, Any], task: object) -> Fingerprint:
+    """What this process starts with.
 
     Args:
       config: the resolved config as plain JSON.
-
-    Raises:
-      ConfigError: on every process; names those that differ, and accuses them.
+      task: the user's task; its package counts as the user's own code wherever it is installed.
     """
-    if jax.process_count() > 1:
-        _compare("fingerprint", fingerprint(config))
-
-
-def check_program(lowered: jax.stages.Lowered) -> None:
-    """Compare the program that is about to be compiled. Collective: every process must call this.
-
-    Raises:
-      ConfigError: on every process; names those that differ, and accuses them.
-    """
-    if jax.process_count() > 1:
-        text = lowered.as_text()  # Without the places in the source, which may differ.
-        _compare("program", {"the compiled training step": _hash(text.encode())})
-
-
-def fingerprint(config: Any) -> Fingerprint:
-    """What must be alike on all processes."""
+    packages = {"launch", "trainer", type(task).__module__.partition(".")[0]}
+    sections = {
+        CONFIG: {f"config.{name}": json.dumps(value) for name, value in flatten(config)},
+        PACKAGE: versions(),
+        ENVIRONMENT: variables(os.environ),
+        JAX_OPTION: {
+            name: str(jax.config.values[name]) for name in JAX_OPTIONS if name in jax.config.values
+        },
+        CODE: code(sys.modules, packages),
+    }
     return {
-        **{f"config.{name}": repr(value) for name, value in flatten(config)},
-        **{name: _version(name) for name in PACKAGES},
-        "Python": platform.python_version(),
-        **{name: str(getattr(jax.config, name, _ABSENT)) for name in JAX_SETTINGS},
-        **{name: _flags(os.environ.get(name, "")) for name in FLAGS},
-        **code(),
+        f"{section}/{name}": _shown(text)
+        for section, fields in sections.items()
+        for name, text in fields.items()
     }
 
 
-def code() -> Fingerprint:
-    """A hash of each file of Python that was imported and belongs to no installed package."""
-    installed = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
-    installed |= {*site.getsitepackages(), site.getusersitepackages()}
-    found = {}
-    for name, module in list(sys.modules.items()):
-        spec = getattr(module, "__spec__", None)
-        file = getattr(module, "__file__", None)
-        if not file or not file.endswith(".py"):
+def of_program(lowered: jax.stages.Lowered, name: str) -> Fingerprint:
+    """A program that is about to be compiled: StableHLO without the places it was traced at."""
+    digest = _Digest()
+    lowered.compiler_ir("stablehlo").operation.print(
+        file=digest, binary=True, enable_debug_info=False
+    )
+    return {f"{PROGRAM}/{name}": digest.text()}
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that matter, as far as they are installed."""
+    found = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
             continue
-        known_as = spec.name if name == "__main__" and spec else name
-        own = known_as.partition(".")[0] in _OWN_PACKAGES
-        if own or not file.startswith(tuple(f"{folder}{os.sep}" for folder in installed)):
-            with open(file, "rb") as source:
-                found[f"the code of {known_as}"] = _hash(source.read())
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """A thing that is not alike everywhere.
-
-    Attributes:
-      name: of the thing.
-      values: what some processes have -> those processes, in order.
-      usual: what most have; the lead's, where none is had by most.
-    """
-
-    name: str
-    values: Mapping[str, tuple[int, ...]]
-    usual: str
-
-    @property
-    def odd(self) -> tuple[int, ...]:
-        """The processes that have something else than most."""
-        return tuple(sorted(i for value, who in self.values.items() for i in who))
-
-    def __str__(self) -> str:
-        hashed = not self.name.startswith("config.") and " " in self.name
-        told = [
-            f"{self.name} {'differs' if hashed else f'is {value}'} on {_processes(who)}"
-            for value, who in sorted(self.values.items(), key=lambda item: item[1])
-        ]
-        return "; ".join(told) + ("" if hashed else f", {self.usual} on the others")
+def variables(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables that change what is computed or compiled."""
+    found = {}
+    for name in VARIABLES:
+        words = [word for word in env.get(name, "").split() if not word.startswith(_FREE_FLAGS)]
+        if words:
+            found[name] = json.dumps(" ".join(words))
+    return found
 
 
-def differences(lead: Fingerprint, others: Sequence[Fingerprint]) -> list[Difference]:
-    """What is not alike.
+def code(modules: Mapping[str, Any], packages: Collection[str]) -> dict[str, str]:
+    """A hash of every loaded source file that is not Python's own or an installed package's.
 
     Args:
-      lead: the lead's fingerprint.
-      others: of each process, the lead's included, what it has otherwise than the lead.
+      modules: by name, as in `sys.modules`.
+      packages: top-level packages that count wherever they are installed.
+
+    Returns:
+      Hashes by the file's path below the directory that it was imported from.
     """
-    found = []
-    for name in sorted({name for other in others for name in other}):
-        values = [other.get(name, lead.get(name, _ABSENT)) for other in others]
-        counts = Counter(values)
-        most = max(counts.values())
-        # On a tie the lead is right, if its value is one of those.
-        usual = values[0] if counts[values[0]] == most else counts.most_common(1)[0][0]
-        by_value: dict[str, tuple[int, ...]] = {}
-        for process, value in enumerate(values):
-            if value != usual:
-                by_value[value] = (*by_value.get(value, ()), process)
-        found.append(Difference(name, by_value, usual))
-    return found
+    hashes = {}
+    kinds = ("stdlib", "platstdlib")
+    pythons = tuple(os.path.realpath(sysconfig.get_path(kind)) + os.sep for kind in kinds)
+    for key, module in list(modules.items()):
+        file, spec = (_fields_of(module).get(field) for field in ("__file__", "__spec__"))
+        if not isinstance(file, str) or not file.endswith(".py"):
+            continue
+        name = spec.name if key == "__main__" and spec is not None else key
+        if name.partition(".")[0] in packages or not (
+            # Most files are done with at the first look; resolving links takes ten times as long.
+            _installed(file, pythons) or _installed(os.path.realpath(file), pythons)
+        ):
+            try:
+                with open(file, "rb") as source:
+                    hashes[_path_of(name, file)] = _hash(source.read())
+            except OSError:
+                continue  # Imported from elsewhere than a file system.
+    return hashes
 
 
-def _compare(what: str, own: Fingerprint) -> None:
-    lead = agreement.broadcast(what, own)
-    other = {
-        name: own.get(name, _ABSENT)
-        for name in {**lead, **own}
-        if own.get(name, _ABSENT) != lead.get(name, _ABSENT)
-    }
-    found = differences(lead, agreement.gather(what, other))
-    if not found:
-        return
-    odd = tuple(sorted({process for difference in found for process in difference.odd}))
-    more = f"; and {len(found) - _MOST_TOLD} more" if len(found) > _MOST_TOLD else ""
-    told = "; ".join(str(difference) for difference in found[:_MOST_TOLD])
-    error = ConfigError(
-        "",
-        f"the processes are not about to run the same training: {told}{more}. Make them alike: "
-        "one checkout, one environment and one command for all hosts",
-    )
-    agreement.fail_together(error, accuses=odd)
-
-
-def _version(package: str) -> str:
+def _fields_of(module: Any) -> Mapping[str, Any]:
+    """A module's namespace, past a lazy module's `__getattr__`, which would load it."""
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return _ABSENT
+        return object.__getattribute__(module, "__dict__")
+    except AttributeError:
+        return {}
 
 
-def _flags(text: str) -> str:
-    return " ".join(flag for flag in text.split() if not flag.startswith(_OWN_FLAG)) or _ABSENT
+def _installed(path: str, pythons: tuple[str, ...]) -> bool:
+    """Whether a source file belongs to an installed package, or to Python, which lives there."""
+    return "/site-packages/" in path or "/dist-packages/" in path or path.startswith(pythons)
+
+
+def _path_of(name: str, file: str) -> str:
+    """`trainer/step.py` for the module `trainer.step`: hosts may keep their checkouts anywhere."""
+    if name == _CONFIG_MODULE:
+        return THE_CONFIG_FILE
+    if name in ("__main__", "__mp_main__"):  # A script, which has no name to be imported by.
+        return os.path.basename(file)
+    is_package = os.path.basename(file) == "__init__.py"
+    return name.replace(".", "/") + ("/__init__.py" if is_package else ".py")
+
+
+def _shown(text: str) -> str:
+    """A text short enough to be sent and shown, and as different from others as it was."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[:_LONGEST]}... (hash {_hash(text.encode())})"
 
 
 def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+    digest = _Digest()
+    digest.write(data)
+    return digest.text()
 
 
-def _processes(ids: Sequence[int]) -> str:
-    listed = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-    return f"process{'es' * (len(ids) > 1)} {listed}"
+class _Digest:
+    """A file to write to, of which only a hash is kept: a program's text may be of many MB."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=8)
+
+    def write(self, data: bytes) -> None:
+        self._digest.update(data)
+
+    def text(self) -> str:
+        return self._digest.hexdigest()

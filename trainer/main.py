@@ -56,7 +56,7 @@ def run(config: Any) -> int:
 
     import jax
 
-    from trainer import compile_cache, distributed, fingerprint
+    from trainer import compile_cache, distributed, unison
     from trainer.optimizer import make_optimizer
     from trainer.task import load_task
 
@@ -70,8 +70,11 @@ def run(config: Any) -> int:
         process_id=FLAGS.process_id,
         timeout_seconds=FLAGS.initialization_timeout_seconds,
     )
+    # What is not imported yet would not be compared.
+    from trainer.train import train
+
     record = json.loads(json.dumps(plain(config)))
-    fingerprint.check(record)
+    unison.check_start(record, task)
     spec = train_spec(config, jax.device_count())
     if distributed.is_lead():
         print(
@@ -79,9 +82,6 @@ def run(config: Any) -> int:
             f"{jax.devices()[0].device_kind} devices, jax {jax.__version__}",
             flush=True,
         )
-
-    from trainer.train import train
-
     return train(spec, task, workdir, record)
 
 

@@ -153,7 +153,9 @@ def _answer(
         if said == _GO:
             return
         if said and "error" in said and "another gang" not in str(said["error"]):
-            raise AbsentError(str(said["error"]), said.get("missing", ()))
+            if not said.get("missing"):
+                raise RuntimeError(str(said["error"]))
+            raise AbsentError(str(said["error"]), said["missing"])
         problem = str(said["error"]) if said and "error" in said else problem
         time.sleep(0.05)
     raise AbsentError(

@@ -12,7 +12,7 @@ import jax
 from launch import contract
 from launch.spec import TrainSpec
 from launch.topology import peak_flops
-from trainer import distributed, fingerprint
+from trainer import distributed
 from trainer.checkpoint import Checkpointer
 from trainer.data.feed import Feed
 from trainer.distributed import say
@@ -29,6 +29,7 @@ from trainer.schedules import remarks
 from trainer.state import Leaves, StateLayout, init_state
 from trainer.step import compile_train_step, make_train_step
 from trainer.task import Task
+from trainer.unison import check_program
 
 
 def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> int:
@@ -76,9 +77,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     if step < spec.num_steps:
         began = time.monotonic()
         update = make_train_step(task, layout, num_microbatches=spec.num_microbatches)
-        train_step = compile_train_step(
-            update, layout, feed.abstract(), check=fingerprint.check_program
-        )
+        train_step = compile_train_step(update, layout, feed.abstract(), check=check_program)
         say(f"compiled the training step in {time.monotonic() - began:.1f} s")
     else:
         say(f"already at step {step}: --config.num_steps={2 * step}, say, trains on")

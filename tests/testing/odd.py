@@ -1,4 +1,9 @@
-"""A training in which process 1 is not like the others, as its config names it."""
+"""Trainings in which one process is not like the others.
+
+`--config=tests/testing/odd.py:start`: process 1 has another config, another version of a package
+and another source file, which lies in the directory STALE_CODE; `:program`: process 0 has another
+training step.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +15,38 @@ from typing import Any
 from launch import contract
 from tests.testing import tiny
 
+STALE_CODE = "STALE_CODE"  # An environment variable.
+ODD = {"start": 1, "program": 0}
+
+
+def is_odd(what: str, odd: str) -> bool:
+    """Is it this process that differs, and in this?"""
+    return what == odd and os.environ.get(contract.PROCESS_ID) == str(ODD[odd])
+
 
 class Odd(tiny.Witness):
-    """The witness, another one on process 1."""
+    """The witness, another one on one process."""
 
     def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any]):
         super().__init__(model, data)
-        self._is_odd = os.environ.get(contract.PROCESS_ID) == "1"
-        if self._is_odd and data["odd"] == "package":
+        if is_odd("start", data["odd"]):
             version = metadata.version
             metadata.version = lambda name: "0.0.1" if name == "flax" else version(name)
 
     def loss(self, model: tiny.Net, batch: Any) -> Any:
-        more = 2.0 if self._is_odd and self.data_config["odd"] == "program" else 1.0
+        more = 2.0 if is_odd("program", self.data_config["odd"]) else 1.0
         return super().loss(model, batch) * more
 
 
 def get_config(odd: str) -> Any:
-    """`package`, `program` or `config`: what process 1 has otherwise."""
+    """`start` or `program`: what one process has otherwise."""
     config = tiny.get_config("witness")
     config.task = "tests.testing.odd:Odd"
     config.data.odd = odd
     config.global_batch_size = 12
-    if odd == "config" and os.environ.get(contract.PROCESS_ID) == "1":
-        config.seed = 4
+    if is_odd("start", odd):
+        config.optimizer.adamw.learning_rate = 0.001
+        import trainer
+
+        trainer.__path__.insert(0, os.environ[STALE_CODE])
     return config

@@ -83,7 +83,7 @@ def roll(address: str, places: list[tuple[int, int, str]], seconds: float) -> li
             rollcall.call(address, processes, process, timeout_seconds=seconds, token=token)
             results[index] = "go"
         except (TimeoutError, RuntimeError) as error:
-            results[index] = str(error)
+            results[index] = f"{error} ({type(error).__name__} of {getattr(error, 'accuses', ())})"
 
     threads = [
         threading.Thread(target=one, args=(index, *place)) for index, place in enumerate(places)
@@ -109,6 +109,15 @@ def test_a_process_of_another_gang_is_not_counted():
 def test_two_processes_of_one_id_are_an_error():
     results = roll(free_address(), [(0, 3, "run"), (1, 3, "run"), (1, 3, "run")], 30)
     assert all("call themselves 1" in result for result in results)
+    assert all("(RuntimeError of" in result for result in results)
+
+
+def test_all_that_came_accuse_those_that_did_not():
+    results = roll(free_address(), [(0, 4, "run"), (2, 4, "run")], 0.5)
+    assert all("process(es) 1, 3 of 4 never came" in result for result in results)
+    assert all("(AbsentError of (1, 3))" in result for result in results)
+    (alone,) = roll(free_address(), [(1, 2, "run")], 0.2)
+    assert "(AbsentError of (0,))" in alone
 
 
 def test_strangers_on_the_port_do_no_harm():

@@ -11,7 +11,9 @@ from launch.evidence import failure_in, fault, out_of_memory
 from tests.unit import jax_ends
 from tests.unit.gang_play import at_step, ended, failure, judged, lost, told
 from tests.unit.test_stacks import JITTED, SLEEPING, SYNC
+from trainer.rollcall import AbsentError
 
+ABSENT = f"{AbsentError.__module__}.{AbsentError.__qualname__}"
 GLOO = f"ValueError: {jax_ends.GLOO_MESSAGE}"
 
 # (exit code or -signal, the recorded exception or None, last lines): is it of a peer's death?
@@ -207,6 +209,11 @@ GUILTY = {
             (1, ended(0, 1, at=1.0, failure=failure("TimeoutError: no 2", 1.0, accuses=(2,)))),
         ],
         ("exception", 1),
+    ),
+    "the one that did not come to the trainer's roll call": (
+        [(i, ended(i, 1, at=i, failure=failure(f"{ABSENT}: no 2", i, (2,)))) for i in (0, 1)]
+        + [(2, told(2, at=2, since=1))],
+        ("start_timeout", 2),
     ),
     "the one that all say differs": (
         [
