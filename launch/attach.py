@@ -13,6 +13,7 @@ from launch import contract, rundir
 from launch.console import Console
 from launch.events import Retry, Verdict
 from launch.logs import next_attempt
+from launch.ownership import InUseError
 from launch.spec import ConfigError, compare_configs
 from launch.words import last_words
 
@@ -21,7 +22,7 @@ _POLL_SECONDS = 0.1
 _SAME = ("program", "cwd")
 
 
-def check_same(workdir: Path, wanted: Mapping[str, Any], in_use: rundir.InUseError) -> None:
+def check_same(workdir: Path, wanted: Mapping[str, Any], in_use: InUseError) -> None:
     """Refuse to look on at something else than what was asked for.
 
     Args:

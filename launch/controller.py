@@ -36,7 +36,7 @@ from launch.events import (
     Verdict,
 )
 from launch.gang import Gang
-from launch.rundir import Attempt, RunDir
+from launch.ownership import Attempt, RunDir
 from launch.supervise import Supervisor
 from launch.words import last_words
 

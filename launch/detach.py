@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 
 from launch import contract
-from launch.rundir import RunDir
+from launch.ownership import RunDir
 from launch.spec import ConfigError
 
 _STARTED = b"started\n"

@@ -19,6 +19,7 @@ from typing import Any
 
 from launch import contract, rundir
 from launch.contract import utc
+from launch.ownership import RunDir
 from launch.spec.errors import ConfigError, closest
 
 STATE_DIR = "MUSTER_STATE_DIR"
@@ -71,7 +72,7 @@ def state_dir() -> Path:
     return Path(base) / "muster"
 
 
-def register(run: rundir.RunDir) -> None:
+def register(run: RunDir) -> None:
     """Remember a run; call it when run.json is written. What fails is one warning."""
     entry: dict[str, Any] = {
         "schema": contract.SCHEMA,

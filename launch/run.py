@@ -20,6 +20,7 @@ from launch import attach, detach, registry, rundir
 from launch.backends import local
 from launch.console import Console
 from launch.controller import Backend, Controller
+from launch.ownership import InUseError, RunDir
 from launch.program import Program, shown_command, trainer_program, without_secrets
 from launch.spec import Cluster, ConfigError, cluster_spec, load_config, plain, train_spec
 from launch.supervise import Policy, Supervisor
@@ -145,7 +146,7 @@ def run(request: Request, detached: bool = False) -> int:
     return _control(request, run_dir, lambda: None)
 
 
-def take(request: Request) -> rundir.RunDir | None:
+def take(request: Request) -> RunDir | None:
     """Take the run directory; None when a launcher of the same run has it.
 
     Raises:
@@ -155,8 +156,8 @@ def take(request: Request) -> rundir.RunDir | None:
     told = False
     while True:
         try:
-            return rundir.RunDir(request.workdir)
-        except rundir.InUseError as error:
+            return RunDir(request.workdir)
+        except InUseError as error:
             if not error.abandoned:
                 attach.check_same(request.workdir, run_record(request), error)
                 return None
@@ -172,7 +173,7 @@ def take(request: Request) -> rundir.RunDir | None:
             time.sleep(0.1)
 
 
-def _control(request: Request, run_dir: rundir.RunDir, started: Callable[[], None]) -> int:
+def _control(request: Request, run_dir: RunDir, started: Callable[[], None]) -> int:
     """Be the controller of a run."""
     cluster = request.cluster
     record = run_record(request)

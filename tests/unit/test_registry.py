@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from launch import registry, rundir
+from launch import ownership, registry
 from launch.main import main
 from launch.spec import ConfigError
 
@@ -19,7 +19,7 @@ def state(tmp_path, monkeypatch):
 
 
 def make_run(path):
-    run = rundir.RunDir(path)
+    run = ownership.RunDir(path)
     run.write_run(command=["muster", "run"])
     registry.register(run)
     run.release()

@@ -7,19 +7,19 @@ import stat
 
 import pytest
 
-from launch import contract, rundir
+from launch import contract, ownership, rundir
 from launch.spec import ConfigError
 
 
 def test_a_directory_in_use_is_refused_and_free_again_afterwards(tmp_path):
-    first = rundir.RunDir(tmp_path / "run")
+    first = ownership.RunDir(tmp_path / "run")
     with pytest.raises(ConfigError, match=f"in use by run {first.run_id} on host"):
-        rundir.RunDir(tmp_path / "run")
+        ownership.RunDir(tmp_path / "run")
     assert rundir.owner(first.path)["id"] == first.run_id
     first.write_run()
     first.release()
     assert rundir.owner(first.path) is None
-    again = rundir.RunDir(tmp_path / "run")
+    again = ownership.RunDir(tmp_path / "run")
     assert again.run_id == first.run_id
     again.release()
 
@@ -27,11 +27,11 @@ def test_a_directory_in_use_is_refused_and_free_again_afterwards(tmp_path):
 def test_a_directory_that_cannot_be_made_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be used as a run directory: Not a directory"):
-        rundir.RunDir(tmp_path / "file" / "run")
+        ownership.RunDir(tmp_path / "file" / "run")
 
 
 def test_records_and_folders_are_their_owners_alone(tmp_path):
-    run = rundir.RunDir(tmp_path / "run")
+    run = ownership.RunDir(tmp_path / "run")
     run.write_run(command=["muster", "--token=x"])
     attempt = run.new_attempt(["local0"])
     folders = (run.path, attempt.path)
@@ -42,7 +42,7 @@ def test_records_and_folders_are_their_owners_alone(tmp_path):
 
 
 def test_an_attempt_without_an_end_is_closed_by_the_next_one(tmp_path):
-    run = rundir.RunDir(tmp_path / "run")
+    run = ownership.RunDir(tmp_path / "run")
     first = run.new_attempt(["local0"])
     exit_record = {"schema": 1, "process_id": 0, "ended_at": "2030-01-01T00:00:00Z"}
     rundir.log_path(first.path, 0).touch()

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from launch import live, rundir, stop
+from launch import live, ownership, rundir, stop
 from launch.contract import utc
 from launch.events import Failure, Retry, Verdict
 from launch.main import main
@@ -28,7 +28,7 @@ VERDICT = Verdict(
 )
 
 
-def report(attempt: rundir.Attempt, process_id: int, step: int, phase: str) -> None:
+def report(attempt: ownership.Attempt, process_id: int, step: int, phase: str) -> None:
     record = {"step": step, "phase": phase, "first_step": 0, "seconds": {"step": 1.0}}
     rundir.progress_path(attempt.path, process_id).write_text(json.dumps(record))
 
@@ -36,7 +36,7 @@ def report(attempt: rundir.Attempt, process_id: int, step: int, phase: str) -> N
 @pytest.fixture
 def run(tmp_path):
     """A run whose first attempt failed and whose second one runs."""
-    made = rundir.RunDir(tmp_path / "run")
+    made = ownership.RunDir(tmp_path / "run")
     cluster = {"backend": "local", "hosts": 1, "processes_per_host": 2, "devices_per_process": 1}
     made.write_run(command=["muster", "run", "--cluster.env.TOKEN=abc"], cluster=cluster)
     first = made.new_attempt(["local0"], 2)
@@ -95,7 +95,7 @@ def test_a_run_whose_launcher_was_killed_between_two_attempts_is_no_success(run)
     run.release()
     found = standing(run.path)
     assert (found.state, found.running) == ("killed", False)
-    run.lock_fd = rundir.RunDir(run.path).lock_fd  # For the fixture's end.
+    run.lock_fd = ownership.RunDir(run.path).lock_fd  # For the fixture's end.
 
 
 def test_waiting_for_the_next_attempt_is_told_with_the_time(run):
@@ -142,7 +142,7 @@ def test_logs_are_printed_of_one_process_or_of_all(run, capfdbinary):
 
 
 def test_stopping_what_does_not_run_says_how_it_ended(tmp_path, capsys):
-    made = rundir.RunDir(tmp_path / "run")
+    made = ownership.RunDir(tmp_path / "run")
     made.write_run()
     attempt = made.new_attempt(["local0"])
     attempt.close(Verdict("completed", 0), Retry(False))
@@ -153,7 +153,7 @@ def test_stopping_what_does_not_run_says_how_it_ended(tmp_path, capsys):
 
 
 def test_a_record_of_an_older_version_is_still_told(tmp_path, capsys):
-    made = rundir.RunDir(tmp_path / "run")
+    made = ownership.RunDir(tmp_path / "run")
     made.write_run()
     made.release()
     folder = made.path / "attempts" / "000"
