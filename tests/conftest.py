@@ -1,6 +1,7 @@
 """Eight CPU devices for the tests of this process; set before anything imports jax."""
 
 import os
+import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -10,3 +11,9 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 # What tests start is none of the user's runs.
 _STATE = tempfile.TemporaryDirectory(prefix="muster-tests-state-")
 os.environ["MUSTER_STATE_DIR"] = _STATE.name
+# Started in the background of a script, or by nohup, these would be ignored by all that tests start.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(
+            _number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL
+        )
