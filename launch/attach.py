@@ -64,7 +64,7 @@ def view(workdir: Path, shown: Sequence[int], prefixed: bool) -> int:
         while True:
             record = _watch_attempt(workdir, number, console)
             if record.get("cause"):
-                _tell_end(record, rundir.attempt_path(workdir, number))
+                tell_end(record, rundir.attempt_path(workdir, number))
             if not next_attempt(workdir, number):
                 break
             number += 1
@@ -91,7 +91,8 @@ def _watch_attempt(workdir: Path, number: int, console: Console) -> dict[str, An
         time.sleep(_POLL_SECONDS)
 
 
-def _tell_end(record: Mapping[str, Any], attempt: Path) -> None:
+def tell_end(record: Mapping[str, Any], attempt: Path) -> None:
+    """Say how an attempt ended, from its record."""
     verdict = Verdict(
         record["cause"],
         record.get("exit_code", contract.EXIT_FAILED),

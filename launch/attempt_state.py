@@ -11,6 +11,7 @@ from launch.events import (
     Event,
     Exited,
     HostLost,
+    Interrupted,
     Kill,
     NotStarted,
     Progress,
@@ -95,11 +96,18 @@ class AttemptState:
             actions = self._lost(event, now)
         elif isinstance(event, StopRequested):
             actions = self._asked_to_stop(now)
+        elif isinstance(event, Interrupted):
+            actions = self._interrupted(event, now)
         return actions or self._passing(now, looked=isinstance(event, Tick))
 
     def _is_ours(self, event: Event) -> bool:
         process_id = getattr(event, "process_id", None)
         return process_id is None or self.case.knows(process_id)
+
+    @property
+    def _stop_wanted(self) -> bool:
+        """Whether the user has asked before."""
+        return self.case.stop_requests > 1
 
     def _ended(self, event: Exited | NotStarted, now: float) -> list[Action]:
         known = event.process_id in self.case.ends
@@ -146,8 +154,26 @@ class AttemptState:
             return []
         return self._stop(now, FAILURE_GRACE_SECONDS, f"host {event.host} was lost")
 
+    def _interrupted(self, event: Interrupted, now: float) -> list[Action]:
+        """The machines are wanted back."""
+        if self._stage is _Stage.KILLED:
+            return []
+        if self._stage is _Stage.STOPPING:
+            # The same told again, or less time than was said before.
+            if self.case.interrupted and self._due is not None:
+                self._due = min(self._due, now + event.seconds)
+            return []
+        if self._stage in (_Stage.RUNNING, _Stage.LEAVING) and not self.case.interrupted:
+            self.case.interrupted = event
+        seconds = event.seconds if self.case.interrupted else FAILURE_GRACE_SECONDS
+        return self._stop(now, seconds, event.message)
+
     def _asked_to_stop(self, now: float) -> list[Action]:
         self.case.stop_requests += 1
+        if self._stage is _Stage.STOPPING and self.case.interrupted and not self._stop_wanted:
+            # On its way already, and for no less time than the user would give.
+            self.case.stopped_by_user = True
+            return []
         if self._stage in (_Stage.RUNNING, _Stage.LEAVING):
             self.case.stopped_by_user = True
             return self._stop(now, self._grace_seconds, "stop requested")

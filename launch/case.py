@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from launch.events import Exited, Failure, HostLost, NotStarted, Progress, Raised, Stacks
+from launch.events import (
+    Exited,
+    Failure,
+    HostLost,
+    Interrupted,
+    NotStarted,
+    Progress,
+    Raised,
+    Stacks,
+)
 from launch.evidence import Fault, fault
 from launch.watch import Overdue
 
@@ -45,6 +54,7 @@ class Case:
       overdue: that the gang hangs, once it is certain.
       suspect: whom the gang waited for, as it was when it was told to stop.
       leaves_until: when the rest of the gang is killed after a process left with exit code 75.
+      interrupted: that the machines were wanted back, before any failure.
       stop_requests: how often the user asked for the end.
       stopped_by_user: the user's wish came before any failure.
       stopped_at: when the gang was first told to stop.
@@ -62,6 +72,7 @@ class Case:
     overdue: Overdue | None = None
     suspect: Suspect | None = None
     leaves_until: float | None = None
+    interrupted: Interrupted | None = None
     stop_requests: int = 0
     stopped_by_user: bool = False
     stopped_at: float | None = None

@@ -7,18 +7,17 @@ Whoever has the run directory is the controller: `muster run` itself, or what it
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import selectors
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from launch import live, rundir, stop
-from launch.backends.local import AgentProcess
+from launch.agent.processes import become_subreaper
+from launch.channel import Channel
 from launch.console import Console
 from launch.events import (
     Action,
@@ -27,6 +26,7 @@ from launch.events import (
     Finish,
     GangGone,
     Kill,
+    Requeue,
     Retry,
     Start,
     Stop,
@@ -44,27 +44,40 @@ _POLL_SECONDS = 0.02  # Between two looks at the logs that are shown.
 _TICK_SECONDS = 1.0  # Between two looks at how far the gang is.
 _REQUESTS_SECONDS = 0.2  # Between two looks for a request to stop.
 _BEFORE = ("init", "restore")  # In these phases the step is not yet known.
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@dataclasses.dataclass(frozen=True)
-class Backend:
-    """How the controller starts things.
+class Backend(Protocol):
+    """How the controller starts things, and what it hears of the machines.
 
     Attributes:
-      plans: (hosts, attempt's number) -> a context with the plan of each host's agent; what it
-        holds (a port) is given back at the end of the attempt.
-      start_agent: (plan, attempt's directory, the run's lock) -> its agent, started.
       processes_per_host: members of the gang on each.
       lease_seconds: how long an agent's processes outlive the controller.
+      come_seconds: how long an agent may take to come.
+      backend_ids: what the machines are known by, for the attempt's record.
+      signals: those that `signalled` can explain.
     """
 
-    plans: Callable[
-        [Sequence[str], int], contextlib.AbstractContextManager[Sequence[Mapping[str, Any]]]
-    ]
-    start_agent: Callable[[Mapping[str, Any], Path, int], AgentProcess]
     processes_per_host: int
     lease_seconds: float
+    come_seconds: float
+    backend_ids: tuple[str, ...]
+    signals: Sequence[signal.Signals]
+
+    def agents(
+        self, hosts: Sequence[str], attempt: Attempt
+    ) -> contextlib.AbstractContextManager[Sequence[tuple[Mapping[str, Any], Channel]]]:
+        """The plan of each host's agent and the way to it, in order of hosts; what the context
+        holds (a port) is given back at the end of the attempt."""
+
+    def attend(self, gang: Gang, now: float) -> list[Event]:
+        """What has become known of the machines; called many times a second."""
+
+    def signalled(self, number: int) -> list[Event]:
+        """What a signal to this process means."""
+
+    def before_next(self) -> list[Event]:
+        """What is to be known of the machines before an attempt's end is judged, whose gang is
+        gone. May take seconds."""
 
 
 class Controller:
@@ -95,7 +108,7 @@ class Controller:
         self._on_started: Callable[[], None] | None = on_started
         self._selector = selectors.DefaultSelector()
         self._requests = stop.StopRequests(run_dir.path)
-        self._stop_signals = 0
+        self._signals: list[int] = []
         self._suspensions = 0
         self._gang = Gang(self._selector, backend.lease_seconds)
         self._attempt: Attempt | None = None
@@ -106,9 +119,15 @@ class Controller:
         self._tick_due = self._live_due = self._requests_due = 0.0
         self._again_at: float | None = None
         self._resumed_at: int | None = None
+        self.requeue: Requeue | None = None
 
     def run(self) -> int:
-        """See the run through; returns the exit code of `muster run`."""
+        """See the run through; returns the exit code of `muster run`.
+
+        `requeue` then says whether, and without which hosts, the run is to wait for machines again.
+        """
+        # What a killed agent leaves behind comes to this process, which kills it.
+        become_subreaper()
         with self._catching_signals() as wakeup, self._resources:
             self._selector.register(wakeup, selectors.EVENT_READ)
             try:
@@ -131,9 +150,10 @@ class Controller:
         for fd in ready:
             events += self._gang.read(fd, now)
         events += self._gang.beat(now)
+        events += self._backend.attend(self._gang, now)
         events += self._stop_requests(now)
         if self._attempt is not None and self._gang.gone:
-            events.append(GangGone())
+            events += [*self._backend.before_next(), GangGone()]
         deadline = self._supervisor.deadline
         if now >= self._tick_due or (deadline is not None and now >= deadline):
             self._tick_due = now + _TICK_SECONDS
@@ -144,12 +164,13 @@ class Controller:
         self._look_around(now)
 
     def _stop_requests(self, now: float) -> list[Event]:
-        requests = self._stop_signals
-        self._stop_signals = 0
+        events: list[Event] = []
+        while self._signals:
+            events += self._backend.signalled(self._signals.pop(0))
         if now >= self._requests_due:
             self._requests_due = now + _REQUESTS_SECONDS
-            requests += self._requests.poll()
-        return [StopRequested()] * requests
+            events += [StopRequested()] * self._requests.poll()
+        return events
 
     def _look_around(self, now: float) -> None:
         """What is told beside the events."""
@@ -223,9 +244,11 @@ class Controller:
             self._stop(action, asked=isinstance(event, StopRequested))
         elif isinstance(action, Close):
             self._close(action.verdict, action.retry)
+        elif isinstance(action, Requeue):
+            self.requeue = action
         elif isinstance(action, Finish):
             self._exit_code = action.exit_code
-            if self._again_at is not None:
+            if self._again_at is not None and self.requeue is None:
                 self._console.say("muster: stopped; start the same command again to go on")
 
     def _start(self, hosts: tuple[str, ...]) -> None:
@@ -233,9 +256,11 @@ class Controller:
         self._told = set()
         self._again_at = None
         self._resumed_at = None
-        attempt = self._run_dir.new_attempt(list(hosts), self._backend.processes_per_host)
+        attempt = self._run_dir.new_attempt(
+            list(hosts), self._backend.processes_per_host, self._backend.backend_ids
+        )
         self._attempt, self._number = attempt, attempt.number
-        plans = self._resources.enter_context(self._backend.plans(hosts, attempt.number))
+        agents = self._resources.enter_context(self._backend.agents(hosts, attempt))
         self._console.follow(attempt.path, attempt.num_processes)
         self._console.say(
             f"muster: run {self._run_dir.name} ({self._run_dir.run_id}), attempt {attempt.number}: "
@@ -243,11 +268,7 @@ class Controller:
             f"{len(hosts)} host{'s' * (len(hosts) > 1)}; logs in {attempt.path}"
         )
         self._gang = Gang(self._selector, self._backend.lease_seconds)
-        self._gang.start(
-            plans,
-            lambda plan: self._backend.start_agent(plan, attempt.path, self._run_dir.lock_fd),
-            time.monotonic(),
-        )
+        self._gang.start(agents, time.monotonic(), self._backend.come_seconds)
         self._live_due = 0.0
 
     def _stop(self, action: Stop | Kill, asked: bool) -> None:
@@ -264,7 +285,9 @@ class Controller:
         attempt = self._attempt
         assert attempt is not None
         self._console.show_new(last=True)
-        attempt.close(verdict, retry)
+        guilty = verdict.guilty_process
+        report = self._gang.progress.get(-1 if guilty is None else guilty)
+        attempt.close(verdict, retry, report.step if report else None)
         self._resources.close()
         self._attempt = None
         self._again_at = time.monotonic() + retry.delay_seconds if retry.again else None
@@ -281,18 +304,18 @@ class Controller:
 
     @contextmanager
     def _catching_signals(self) -> Iterator[int]:
-        """Count stop signals instead of dying of them; gives a descriptor that they make ready."""
+        """Note signals instead of dying of them; gives a descriptor that they make ready."""
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         before = {}
 
-        def count(*_: object) -> None:
-            self._stop_signals += 1
+        def count(number: int, _: object) -> None:
+            self._signals.append(number)
 
         def count_suspension(*_: object) -> None:
             self._suspensions += 1
 
-        for number in _STOP_SIGNALS:
+        for number in self._backend.signals:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or `&` in a script
                 before[number] = signal.signal(number, count)
         before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, count_suspension)

@@ -133,6 +133,30 @@ class StopRequested:
 
 
 @dataclasses.dataclass(frozen=True)
+class Interrupted:
+    """Whoever lends the machines wants them back, or will soon: the gang is to save and leave.
+
+    Attributes:
+      cause: `preempted`, `time_limit`, `host_lost` or `stopped`.
+      message: who wants it and why, for the user.
+      seconds: how long the gang may take.
+      host: that was lost.
+    """
+
+    cause: str
+    message: str
+    seconds: float
+    host: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HostLeaving:
+    """A host takes no new work (it is drained, say): no further attempt may start on it."""
+
+    host: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Tick:
     """Nothing happened but time passing."""
 
@@ -147,6 +171,8 @@ Event = (
     | HostLost
     | GangGone
     | StopRequested
+    | Interrupted
+    | HostLeaving
     | Tick
 )
 
@@ -228,10 +254,17 @@ class Close:
 
 
 @dataclasses.dataclass(frozen=True)
+class Requeue:
+    """Give the machines back and ask for others, without these hosts; Finish follows."""
+
+    without: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Finish:
-    """The run is over."""
+    """The run is over, or goes on elsewhere."""
 
     exit_code: int
 
 
-Action = Start | TakeStacks | Stop | Kill | Close | Finish
+Action = Start | TakeStacks | Stop | Kill | Close | Requeue | Finish

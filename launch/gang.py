@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import selectors
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from launch.agent.processes import become_subreaper, kill_descendants
-from launch.backends.local import AgentProcess
+from launch.channel import Channel
 from launch.events import (
     Event,
     Exited,
@@ -50,19 +48,28 @@ class AgentClock:
 
 
 class AgentLink:
-    """One agent, its input and output.
+    """One agent: what it is sent and what it says.
 
     The next lease is sent only after the last one was answered. So the agent, which counts a lease
     from its last answer, never lives longer on it than this side expects.
     """
 
-    def __init__(self, process: AgentProcess, lease_seconds: float, now: float):
-        self.host = process.host
+    def __init__(self, channel: Channel, lease_seconds: float, now: float, come_by: float = 0.0):
+        """Takes the way to an agent.
+
+        Args:
+          channel: the way.
+          lease_seconds: how long the agent's processes outlive its owner.
+          now: on the controller's clock.
+          come_by: until when an agent that has still to come is waited for.
+        """
+        self.host = channel.host
+        self.channel = channel
         self.clock = AgentClock()
         self.done = False
-        self._process = process
         self._lease_seconds = lease_seconds
         self._interval = min(1.0, lease_seconds / 5)
+        self._come_by = come_by
         self._unsent = b""
         self._unread = b""
         self._asked_at: float | None = None  # When the lease that is not answered yet was sent.
@@ -70,15 +77,9 @@ class AgentLink:
         self.heard_at = now
 
     @property
-    def fd(self) -> int:
-        """Readable when the agent has said something."""
-        assert self._process.popen.stdout is not None
-        return self._process.popen.stdout.fileno()
-
-    @property
-    def pid(self) -> int:
-        """The agent's process id on this machine."""
-        return self._process.popen.pid
+    def has_come(self) -> bool:
+        """Whether the agent is there."""
+        return self.channel.fd is not None
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send one line. An agent that does not read must not hold up the others: what its pipe
@@ -88,14 +89,15 @@ class AgentLink:
 
     def flush(self) -> None:
         """Send what is waiting, as far as it goes."""
-        assert self._process.popen.stdin is not None
-        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+        with contextlib.suppress(OSError):  # It takes no more now, or is gone.
             while self._unsent:
-                sent = os.write(self._process.popen.stdin.fileno(), self._unsent)
-                self._unsent = self._unsent[sent:]
+                self._unsent = self._unsent[self.channel.write(self._unsent) :]
 
     def renew(self, now: float) -> bool:
-        """Renew the lease when it is time; False when the agent has let it run out."""
+        """Renew the lease when it is time; False when the agent has let it run out, or has not
+        come in time."""
+        if not self.has_come:
+            return now < self._come_by
         if self._asked_at is not None:
             return now < self._asked_at + self._lease_seconds + _LEASE_SLACK_SECONDS
         if now >= self._lease_due:
@@ -105,7 +107,7 @@ class AgentLink:
 
     def read(self, now: float) -> list[dict[str, Any]] | None:
         """What the agent has said since the last call; None at its end."""
-        data = os.read(self.fd, 1 << 20)
+        data = self.channel.read()
         if not data:
             return None
         self.heard_at = now
@@ -120,24 +122,15 @@ class AgentLink:
 
     def close_input(self) -> None:
         """Let the agent see the end of its input: it then stops by itself."""
-        if self._process.popen.stdin:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.popen.stdin.close()
+        self.channel.close_input()
 
     def end(self, others: Iterable[int]) -> None:
-        """Wait for an agent that closed its output, and clear up behind one that did not finish.
+        """Clear up behind an agent of which no more is heard.
 
         Args:
-          others: process ids of the agents that live on.
+          others: process ids of the agents on this machine that live on.
         """
-        if not self.done:
-            self._process.popen.kill()
-        self.close_input()
-        if self._process.popen.stdout:
-            self._process.popen.stdout.close()
-        self._process.popen.wait()
-        if not self.done:
-            kill_descendants(spare=list(others))
+        self.channel.end(self.done, others)
 
 
 class Gang:
@@ -148,31 +141,51 @@ class Gang:
       progress: process id -> its newest report.
       ended: the processes that have ended, or could not be started.
       leftover: what could not be killed.
+      signalled: the hosts whose agents were told to stop by somebody else.
     """
 
     def __init__(self, selector: selectors.BaseSelector, lease_seconds: float):
         self._selector = selector
         self._lease_seconds = lease_seconds
-        self._links: dict[int, AgentLink] = {}
+        self._links: list[AgentLink] = []
+        self._by_fd: dict[int, AgentLink] = {}
         self.pids: dict[int, int] = {}
         self.progress: dict[int, Progress] = {}
         self.ended: set[int] = set()
         self.leftover: list[int] = []
+        self.signalled: set[str] = set()
 
     def start(
         self,
-        plans: Iterable[Mapping[str, Any]],
-        start_agent: Callable[[Mapping[str, Any]], AgentProcess],
+        agents: Iterable[tuple[Mapping[str, Any], Channel]],
         now: float,
+        come_seconds: float = 0.0,
     ) -> None:
-        """Start an agent for each plan."""
-        # What a killed agent leaves behind comes to this process, which kills it.
-        become_subreaper()
-        for plan in plans:
-            link = AgentLink(start_agent(plan), self._lease_seconds, now)
-            self._links[link.fd] = link
-            self._selector.register(link.fd, selectors.EVENT_READ)
+        """Give each agent its plan.
+
+        Args:
+          agents: plans, and the ways to the agents that are to follow them.
+          now: on the controller's clock.
+          come_seconds: how long agents that have still to come are waited for.
+        """
+        for plan, channel in agents:
+            link = AgentLink(channel, self._lease_seconds, now, now + come_seconds)
+            self._links.append(link)
+            self._listen_to(link, now)
             link.send(plan)
+
+    def _listen_to(self, link: AgentLink, now: float) -> None:
+        """Hear an agent, if it is there."""
+        fd = link.channel.fd
+        if fd is not None and fd not in self._by_fd:
+            self._by_fd[fd] = link
+            self._selector.register(fd, selectors.EVENT_READ)
+            link.heard_at = now
+
+    @property
+    def absent(self) -> list[str]:
+        """The hosts whose agents have not come yet."""
+        return [link.host for link in self._links if not link.has_come]
 
     @property
     def gone(self) -> bool:
@@ -181,7 +194,7 @@ class Gang:
 
     def read(self, fd: int, now: float) -> list[Event]:
         """What an agent has to say; the end of its output is its own end."""
-        link = self._links.get(fd)
+        link = self._by_fd.get(fd)
         if link is None:
             return []
         messages = link.read(now)
@@ -192,26 +205,35 @@ class Gang:
     def beat(self, now: float) -> list[Event]:
         """Renew the leases; agents that let theirs run out are lost."""
         events = []
-        for link in list(self._links.values()):
+        for link in list(self._links):
+            self._listen_to(link, now)
             link.flush()
             if not link.renew(now):
                 events += self._ended(link, at=link.heard_at)
         return events
 
+    def give_up(self, host: str, now: float) -> list[Event]:
+        """Expect nothing more of a host's agent."""
+        links = [link for link in self._links if link.host == host]
+        return [event for link in links for event in self._ended(link, at=now)]
+
     def tell(self, command: str) -> None:
         """Give all agents a command."""
-        for link in self._links.values():
+        for link in self._links:
             link.send({"command": command})
 
     def let_go(self) -> None:
         """After an error of our own: the agents see the end of input and stop by themselves."""
-        for link in self._links.values():
+        for link in self._links:
             link.close_input()
 
     def _ended(self, link: AgentLink, at: float) -> list[Event]:
-        self._selector.unregister(link.fd)
-        del self._links[link.fd]
-        link.end(others=[other.pid for other in self._links.values()])
+        fd = link.channel.fd
+        if fd is not None and self._by_fd.pop(fd, None) is not None:
+            self._selector.unregister(fd)
+        self._links.remove(link)
+        pids = (other.channel.pid for other in self._links)
+        link.end(others=[pid for pid in pids if pid is not None])
         return [] if link.done else [HostLost(link.host, at)]
 
     def _events(self, link: AgentLink, message: Mapping[str, Any], now: float) -> list[Event]:
@@ -229,6 +251,9 @@ class Gang:
         if kind == "done":
             link.done = True
             self.leftover += message["leftover"]
+            return []
+        if kind == "signalled":
+            self.signalled.add(link.host)
             return []
         process_id = message["process_id"]
         if kind == "started":

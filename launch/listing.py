@@ -15,7 +15,7 @@ from launch.console import print_all
 from launch.contract import utc
 from launch.live import WAITING
 from launch.registry import Entry
-from launch.standing import SILENT, Standing, standing
+from launch.standing import QUEUED, SILENT, Standing, standing
 from launch.table import table
 from launch.times import ago, rough, seconds_of
 
@@ -56,6 +56,7 @@ def _run_report(entry: Entry, now: float) -> dict[str, Any]:
         "started_at": entry.started_at,
         "state": GONE if entry.is_gone else UNSEEN,
         "doing": None,
+        "job": None,
         "attempts": None,
         "step": None,
         "changed_at": None,
@@ -69,6 +70,7 @@ def _run_report(entry: Entry, now: float) -> dict[str, Any]:
         **report,
         "state": stands.state,
         "doing": stands.live.state if stands.live else None,
+        "job": stands.job.id if stands.job else None,
         "attempts": len(rundir.attempt_numbers(entry.path)),
         "step": _step(entry.path, stands),
         "changed_at": None if changed_at is None else utc(changed_at),
@@ -136,4 +138,6 @@ def _state(run: Mapping[str, Any], now: float) -> str:
         return f"not heard of for {rough(now - heard_at)}"
     if run["state"] == UNSEEN:
         return f"on host {run['host']}"
+    if run["state"] == QUEUED and run["job"]:
+        return f"queued, job {run['job']}"
     return "waiting to start again" if run["doing"] == WAITING else run["doing"] or run["state"]

@@ -112,6 +112,8 @@ class _Logs:
 def _follow(run: Path, process: str, pinned: int | None) -> None:
     """Print what there is and what is added: until the attempt that was asked for has ended, or
     until the run has."""
+    if not rundir.attempt_numbers(run):
+        next_attempt(run, -1)
     newest = max(rundir.attempt_numbers(run), default=0)
     number = newest if pinned is None else pinned
     while True:
@@ -127,7 +129,7 @@ def _follow(run: Path, process: str, pinned: int | None) -> None:
 def _follow_attempt(run: Path, number: int, logs: _Logs) -> None:
     while True:
         # Asked for before the logs are read: whoever has ended writes no more.
-        ended = bool(rundir.attempt_record(run, number).get("cause")) or not standing(run).running
+        ended = bool(rundir.attempt_record(run, number).get("cause")) or not standing(run).goes_on
         logs.print_new(last=ended)
         if ended:
             return
@@ -137,7 +139,7 @@ def _follow_attempt(run: Path, number: int, logs: _Logs) -> None:
 def next_attempt(run: Path, number: int) -> bool:
     """Wait for the attempt after this one; False when the run is over."""
     while True:
-        over = not standing(run).running
+        over = not standing(run).goes_on
         if number + 1 in rundir.attempt_numbers(run):
             return True
         if over:

@@ -82,8 +82,9 @@ def _dispatch(argv: list[str]) -> int:
     flags, arguments = split_flags(command, rest)
     if command == "run":
         from launch import run
+        from launch.request import make_request
 
-        request = run.make_request(arguments, flags, ["muster", *argv])
+        request = make_request(arguments, flags, ["muster", *argv])
         if "dry_run" in flags:
             run.dry_run(request)
             return contract.EXIT_DONE

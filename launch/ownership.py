@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +99,35 @@ class RunDir:
         """Give the directory back, as far as this process is concerned."""
         os.close(self.lock_fd)
 
-    def new_attempt(self, hosts: list[str], processes_per_host: int = 1) -> Attempt:
-        """Open the next attempt; one that its launcher never closed is closed first."""
+    def new_attempt(
+        self, hosts: list[str], processes_per_host: int = 1, backend_ids: Sequence[str] = ()
+    ) -> Attempt:
+        """Open the next attempt; one that its launcher never closed is closed first.
+
+        Args:
+          hosts: in the order of the process ids that run over them.
+          processes_per_host: on each.
+          backend_ids: what its machines are known by.
+        """
         number = rundir.next_attempt(self.path)
-        if number:
-            _close_abandoned(rundir.attempt_path(self.path, number - 1))
+        self.close_abandoned()
         path = rundir.attempt_path(self.path, number)
         path.mkdir(mode=0o700, parents=True)
         (path / contract.STACKS).mkdir(mode=0o700)
-        return Attempt(path, number, hosts, processes_per_host)
+        return Attempt(path, number, hosts, processes_per_host, backend_ids)
+
+    def close_abandoned(self, **how: Any) -> bool:
+        """Say of a newest attempt without an end what became of it.
+
+        Args:
+          **how: fields of its record: cause, message, ...; that its launcher was killed, if there
+            are none.
+
+        Returns:
+          Whether there was one.
+        """
+        number = rundir.next_attempt(self.path) - 1
+        return number >= 0 and _close_abandoned(rundir.attempt_path(self.path, number), how)
 
 
 class Attempt:
@@ -117,7 +137,14 @@ class Attempt:
       process_hosts: each process's host, by process id.
     """
 
-    def __init__(self, path: Path, number: int, hosts: list[str], processes_per_host: int = 1):
+    def __init__(
+        self,
+        path: Path,
+        number: int,
+        hosts: list[str],
+        processes_per_host: int = 1,
+        backend_ids: Sequence[str] = (),
+    ):
         self.path = path
         self.number = number
         self.process_hosts = [host for host in hosts for _ in range(processes_per_host)]
@@ -134,7 +161,7 @@ class Attempt:
             "ended_at": None,
             "hosts": hosts,
             "num_processes": self.num_processes,
-            "backend_ids": [],
+            "backend_ids": list(backend_ids),
         }
         self.write()
 
@@ -148,7 +175,7 @@ class Attempt:
         self._record.update(fields)
         rundir.write_private(self.path / rundir.ATTEMPT_RECORD, self._record)
 
-    def close(self, verdict: Verdict, retry: Retry) -> None:
+    def close(self, verdict: Verdict, retry: Retry, guilty_step: int | None = None) -> None:
         """Record the end."""
         failure = verdict.failure
         self.write(
@@ -158,6 +185,7 @@ class Attempt:
             explanation=verdict.explanation,
             guilty_process=verdict.guilty_process,
             guilty_host=verdict.guilty_host,
+            guilty_step=guilty_step,
             exception=None
             if failure is None
             else {
@@ -184,19 +212,21 @@ def _lock(fd: int) -> bool:
     return False
 
 
-def _close_abandoned(attempt: Path) -> None:
-    """Say of an attempt without an end that its launcher was killed."""
+def _close_abandoned(attempt: Path, how: Mapping[str, Any]) -> bool:
     record = rundir.read_record(attempt / rundir.ATTEMPT_RECORD)
     if record is None or record.get("cause"):
-        return
+        return False
     exits = [
         rundir.read_record(rundir.exit_path(attempt, i)) or {} for i in rundir.process_ids(attempt)
     ]
     ends = [end["ended_at"] for end in exits if end.get("ended_at")]
+    killed = {"cause": "killed", "message": "the launcher was killed, and the gang with it"}
     record.update(
-        cause="killed",
-        message="the launcher was killed, and the gang with it",
+        **(how or killed),
         ended_at=max(ends, default=record.get("started_at")),
         **rundir.steps_reached(attempt),
     )
+    # What the controller knew and could not bring to an end.
+    record.update(record.pop("notice", None) or {})
     rundir.write_private(attempt / rundir.ATTEMPT_RECORD, record)
+    return True

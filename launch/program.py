@@ -52,9 +52,14 @@ def trainer_program(
     return Program((*argv, f"--workdir={workdir}"), env)
 
 
+def is_secret(name: str) -> bool:
+    """Whether the value of a variable of this name is not to be shown."""
+    return bool(_SECRET.search(name))
+
+
 def without_secrets(env: Mapping[str, str]) -> dict[str, str]:
     """The environment as it may be shown: values whose names sound secret are masked."""
-    return {name: "***" if _SECRET.search(name) else value for name, value in env.items()}
+    return {name: "***" if is_secret(name) else value for name, value in env.items()}
 
 
 def shown_command(command: Sequence[str]) -> list[str]:
@@ -63,7 +68,7 @@ def shown_command(command: Sequence[str]) -> list[str]:
     masked = False  # Whether this word is the value of the one before.
     for word in command:
         name, equals, _ = word.partition("=")
-        secret = name.startswith("--cluster.env.") and bool(_SECRET.search(name))
+        secret = name.startswith("--cluster.env.") and is_secret(name)
         shown.append("***" if masked else f"{name}=***" if secret and equals else word)
         masked = secret and not equals
     return shown

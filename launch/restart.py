@@ -11,7 +11,7 @@ from launch.events import Failure, Retry, Verdict
 from launch.evidence import cannot_load, type_name
 from launch.spec import RestartPolicy
 
-_PREEMPTIONS = ("preempted", "time_limit", "host_lost")
+PREEMPTIONS = ("preempted", "time_limit", "host_lost")
 _NEVER = ("completed", "config", "stopped")
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+\b")
 _OF_THE_NETWORK = re.compile(r"Connection|Timeout|HTTP|URLError|gaierror", re.IGNORECASE)
@@ -70,7 +70,7 @@ class Restarts:
             return Retry(again=False)
         if cannot_load(outcome.verdict.failure):
             return Retry(False, "not tried again: a program that cannot be loaded stays so")
-        preempted = cause in _PREEMPTIONS
+        preempted = cause in PREEMPTIONS
         field = "max_preemptions" if preempted else "max_failures"
         budget = getattr(self._policy, field)
         if budget == 0:

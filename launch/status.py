@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import contract, live, registry, rundir, stop
+from launch.backends.slurm import jobs
 from launch.console import print_all
 from launch.contract import utc
 from launch.goodput import AttemptTimes, Goodput, goodput
@@ -69,6 +70,7 @@ def status_report(path: Path, now: float | None = None) -> dict[str, Any]:
         "orphaned": stands.orphaned,
         "heard_at": None if stands.heard_at is None else utc(stands.heard_at),
         "live": _live_report(stands),
+        "job": _job_report(path, stands),
         "stop_request": None if asked is None else {**vars(asked)},
         "goodput": None if spent is None else _goodput_report(spent),
         "attempts": attempts,
@@ -175,6 +177,23 @@ def _live_report(stands: Standing) -> dict[str, Any] | None:
     }
 
 
+def _job_report(run: Path, stands: Standing) -> dict[str, Any] | None:
+    """The run's newest SLURM job, and what SLURM says of it while it waits."""
+    asked = jobs.asked_jobs(run)
+    if not asked:
+        return None
+    job = stands.job
+    start_at = job.start_at if job and job.state == "PENDING" else None
+    return {
+        "id": asked[-1].job_id,
+        "state": job.state if job else asked[-1].end,
+        "reason": job.reason if job else None,
+        "partition": job.partition if job else None,
+        "expected_start": None if start_at is None else utc(start_at),
+        "restarts": job.restarts if job else None,
+    }
+
+
 def _times(
     attempts: Sequence[Mapping[str, Any]], stands: Standing, now: float
 ) -> tuple[list[AttemptTimes], float | None]:
@@ -209,7 +228,7 @@ def _times(
                 wanted_after=attempt.get("cause") not in ("stopped", "completed"),
             )
         )
-    waiting = stands.running and bool(found) and bool(attempts[-1].get("cause"))
+    waiting = stands.goes_on and bool(found) and bool(attempts[-1].get("cause"))
     return found, now if waiting and found[-1].wanted_after else None
 
 

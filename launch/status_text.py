@@ -13,7 +13,7 @@ from launch import contract, rundir
 from launch.console import last_lines
 from launch.goodput import PARTS
 from launch.live import WAITING
-from launch.standing import RUNNING, SILENT
+from launch.standing import QUEUED, RUNNING, SILENT
 from launch.table import table
 from launch.times import ago, duration, rough, seconds_of
 
@@ -52,6 +52,8 @@ def _header(report: Mapping[str, Any], now: float, width: int) -> list[str]:
         rows["code"] = f"commit {str(code.get('commit'))[:12]}{dirty}"
     if report["cluster"]:
         rows["cluster"] = cluster_in_words(report["cluster"])
+    if report["job"] and report["state"] != QUEUED:
+        rows["job"] = f"SLURM job {report['job']['id']}"
     owner = report["owner"]
     if owner:
         rows["owner"] = f"process id {owner.get('pid')} on {owner.get('host')}"
@@ -86,6 +88,8 @@ def state_in_words(report: Mapping[str, Any], now: float) -> str:
     if report["state"] == SILENT and heard_at is not None:
         return f"not heard of for {rough(now - heard_at)}"
     said = report["live"]
+    if report["state"] == QUEUED:
+        return job_in_words(report["job"] or {}, now)
     if said is None:
         return str(report["state"])
     words = str(said["state"])
@@ -95,6 +99,19 @@ def state_in_words(report: Mapping[str, Any], now: float) -> str:
         words += "" if next_at is None else f", in {rough(next_at - now)}"
     if heard_at is not None and now - heard_at > 10:
         words += f" (the launcher was heard of {ago(heard_at, now)})"
+    return words
+
+
+def job_in_words(job: Mapping[str, Any], now: float) -> str:
+    """`queued as SLURM job 12: Resources, expected to start in 5 min`."""
+    if job.get("state") is None:
+        return f"queued as SLURM job {job.get('id')}; SLURM gives no answer now"
+    if job["state"] != "PENDING":
+        return f"SLURM job {job['id']} is {job['state'].lower()}"
+    words = f"queued as SLURM job {job['id']}: {job['reason'] or 'no reason given'}"
+    start_at = seconds_of(job["expected_start"])
+    if start_at is not None and start_at > now:
+        words += f", expected to start in {rough(start_at - now)}"
     return words
 
 

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launch import contract, live, registry, rundir, stop
-from launch.standing import SILENT, Standing, standing
+from launch.backends.slurm import client, jobs
+from launch.standing import QUEUED, SILENT, Standing, standing
 from launch.times import ago, duration, rough
 
 _POLL_SECONDS = 0.2
 # What a stop may take beside grace period and lease: writing records, a busy machine.
 _MARGIN_SECONDS = 30.0
+_CANCEL_SECONDS = 60.0  # SLURM kills what does not end by itself; KillWait is 30 s by default.
 
 
 def ask_to_stop(name: str, flags: Mapping[str, str]) -> int:
@@ -21,6 +23,8 @@ def ask_to_stop(name: str, flags: Mapping[str, str]) -> int:
     del flags  # It has none.
     run = registry.find(name)
     before = standing(run)
+    if before.state == QUEUED:
+        return _cancel(run)
     if not before.running:
         _say(_was_not_running(run, before))
         return contract.EXIT_DONE
@@ -30,6 +34,31 @@ def ask_to_stop(name: str, flags: Mapping[str, str]) -> int:
     except KeyboardInterrupt:
         _say("muster: not waiting any more; " + waiting.what_goes_on())
         return contract.EXIT_FAILED
+
+
+def _cancel(run: Path) -> int:
+    """Cancel the run's SLURM job, and wait until it is over; returns the exit code."""
+    try:
+        found = jobs.settle(run)
+        if found is None:
+            _say(_has_ended(run, standing(run)))
+            return contract.EXIT_DONE
+        job_id = found[0].job_id
+        assert job_id is not None
+        stop.request(run, rundir.last_owner(run) or {})  # It says that its end was wanted.
+        client.cancel(job_id)
+        _say(f"muster: cancelled SLURM job {job_id}")
+        limit = time.monotonic() + _CANCEL_SECONDS
+        while time.monotonic() < limit:
+            if jobs.settle(run) is None:
+                _say(_has_ended(run, standing(run)))
+                return contract.EXIT_DONE
+            time.sleep(_POLL_SECONDS)
+    except client.UnavailableError as error:
+        _say(f"muster: error: SLURM gives no answer: {error}; try again later")
+        return contract.EXIT_FAILED
+    _say(f"muster: error: job {job_id} is still not over; `scontrol show job {job_id}` says why")
+    return contract.EXIT_FAILED
 
 
 class _Waiting:
@@ -67,6 +96,9 @@ class _Waiting:
                 return contract.EXIT_DONE
             self._tell_change(now)
             time.sleep(_POLL_SECONDS)
+        if jobs.open_job(self._run) is not None:
+            _say(f"muster: it still runs after {duration(limit)}")
+            return _cancel(self._run)
         _say(f"muster: error: it still runs after {duration(limit)}; {self._how_to_go_on()}")
         return contract.EXIT_FAILED
 

@@ -18,13 +18,16 @@ from launch.events import (
     Event,
     Finish,
     GangGone,
+    HostLeaving,
+    Interrupted,
+    Requeue,
     Retry,
     Start,
     StopRequested,
     Tick,
     Verdict,
 )
-from launch.restart import Outcome, Restarts, next_hosts
+from launch.restart import PREEMPTIONS, Outcome, Restarts, next_hosts
 from launch.spec import RestartPolicy, WatchPolicy
 from launch.verdict import judge
 
@@ -47,6 +50,9 @@ class Policy:
       fits: whether a gang of so many hosts can run the config.
       reports: whether every process of the program is known to report progress.
       furthest_step: that attempts before this `muster run` reached; None if there were none.
+      history: of the attempts of this `muster run` before this process took it over, in order.
+      queued: machines come from a queue, and are given back when others are needed, or when their
+        owner wants them.
       rng: for the jitter of waits.
     """
 
@@ -59,6 +65,8 @@ class Policy:
     fits: Callable[[int], bool] = _always
     reports: bool = False
     furthest_step: int | None = None
+    history: tuple[Outcome, ...] = ()
+    queued: bool = False
     rng: random.Random = dataclasses.field(default_factory=random.Random)
 
 
@@ -76,7 +84,12 @@ class Supervisor:
         )
         self._attempt: AttemptState | None = None
         self._start_at: float | None = None  # Of the next attempt; None for at once.
+        self._leaving: set[str] = set()
+        self._final: int | None = None  # The exit code when history leaves nothing to be done.
         self.finished = False
+        for outcome in policy.history:
+            retry = self._restarts.after(outcome)
+            self._final = None if retry.again else outcome.verdict.exit_code
 
     @property
     def deadline(self) -> float | None:
@@ -94,6 +107,9 @@ class Supervisor:
         """
         if self.finished:
             return []
+        if isinstance(event, HostLeaving):
+            self._leaving.add(event.host)
+            return []
         if self._attempt is None:
             return self._between(event, now)
         if isinstance(event, GangGone):
@@ -103,8 +119,14 @@ class Supervisor:
     def _between(self, event: Event, now: float) -> list[Action]:
         if isinstance(event, StopRequested):
             return [self._finish(contract.EXIT_RESUMABLE)]
+        if isinstance(event, Interrupted):
+            again = event.cause in PREEMPTIONS and self._final is None
+            requeue: list[Action] = [Requeue(tuple(sorted(self._leaving)))] if again else []
+            return [*requeue, self._finish(contract.EXIT_RESUMABLE)]
         if not isinstance(event, Tick) or (self._start_at is not None and now < self._start_at):
             return []
+        if self._final is not None:
+            return [self._finish(self._final)]
         self._attempt = AttemptState(
             self._hosts,
             self._policy.processes_per_host,
@@ -127,6 +149,15 @@ class Supervisor:
         self._attempt = None
         if not retry.again:
             return [Close(verdict, retry), self._finish(verdict.exit_code)]
+        gone = self._leaving.union(case.lost)
+        if self._policy.queued and (gone or verdict.cause in PREEMPTIONS):
+            why = retry.why.partition(", again in")[0] + ", back to the queue"
+            why += f" without {', '.join(sorted(gone))}" if gone else ""
+            return [
+                Close(verdict, Retry(True, why)),
+                Requeue(tuple(sorted(gone))),
+                self._finish(contract.EXIT_RESUMABLE),
+            ]
         self._start_at = now + retry.delay_seconds
         return [Close(verdict, self._choose_hosts(case.hosts, case.lost, verdict, retry))]
 

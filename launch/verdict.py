@@ -31,7 +31,10 @@ def judge(case: Case) -> Verdict:
     counts only when there is nothing else.
     """
     if case.stopped_by_user:
-        return _of_stop(case)
+        return _of_stop(case, "stopped", "stopped")
+    if case.interrupted is not None:
+        found = _of_stop(case, case.interrupted.cause, case.interrupted.message)
+        return dataclasses.replace(found, guilty_host=found.guilty_host or case.interrupted.host)
     verdict = _guilty(case)
     if verdict is not None:
         return _with_collateral(case, verdict)
@@ -87,8 +90,9 @@ def _guilty(case: Case) -> Verdict | None:
     return None
 
 
-def _of_stop(case: Case) -> Verdict:
-    """After the user's stop any end is expected, except a failure of the program's own."""
+def _of_stop(case: Case, cause: str, reason: str) -> Verdict:
+    """After a stop that somebody wanted, any end is expected, except a failure of the program's
+    own."""
     faults = sorted(case.faults.values(), key=lambda fault: (fault.at, fault.process_id))
     for fault in faults:
         by_signal = fault.end is not None and fatal_signal(fault.end) is not None
@@ -96,12 +100,15 @@ def _of_stop(case: Case) -> Verdict:
         if case.killed_at is None and not excused:
             blamed = _blame(case, fault)
             message = f"while stopping, {blamed.message}"
-            explanation = f"The run was asked to stop; while stopping, {blamed.explanation}"
+            why = "The run was asked to stop" if cause == "stopped" else _sentence(reason)[:-1]
+            explanation = f"{why}; while stopping, {blamed.explanation}"
             return dataclasses.replace(
-                blamed, cause="stopped", message=message, explanation=explanation
+                blamed, cause=cause, message=message, explanation=explanation
             )
-    message = "stopped; start the same command again to go on"
-    return Verdict("stopped", contract.EXIT_RESUMABLE, message, explanation=message)
+    message = reason
+    if cause == "stopped":
+        message += "; start the same command again to go on"
+    return Verdict(cause, contract.EXIT_RESUMABLE, message, explanation=message)
 
 
 def _of_lost_host(case: Case, host: str) -> Verdict:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launch import contract  # noqa: E402 (the path first)
-from launch.backends import local  # noqa: E402
+from launch.backends import host_plan  # noqa: E402
 
 STEPS = 5000
 PAIRS = 5
@@ -64,13 +64,13 @@ def agent_share(folder: Path) -> float:
     (folder / contract.STACKS).mkdir()
     processes = []
     for process_id in range(PROCESSES):
-        files = local.files_of(folder, process_id)
+        files = host_plan.files_of(folder, process_id)
         env = {"PYTHONPATH": str(ROOT), contract.PROGRESS_FILE: files["progress"]}
         argv = [sys.executable, "-c", REPORTER]
         processes.append({"process_id": process_id, "argv": argv, "env": env, **files})
     plan = {"schema": 1, "host": "here", "lease_seconds": 60.0, "max_grace_seconds": 1.0}
     plan |= {"max_log_bytes": 1 << 26, "hook": None, "processes": processes}
-    agent = subprocess.Popen(local.AGENT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    agent = subprocess.Popen(host_plan.AGENT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     assert agent.stdin is not None
     agent.stdin.write(json.dumps(plan).encode() + b"\n")
     agent.stdin.flush()

@@ -11,7 +11,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 # What tests start is none of the user's runs.
 _STATE = tempfile.TemporaryDirectory(prefix="muster-tests-state-")
 os.environ["MUSTER_STATE_DIR"] = _STATE.name
-# Started in the background of a script, or by nohup, these would be ignored by all that tests start.
+# Started by nohup or in the background of a script, these would be ignored by all tests start.
 for _number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(

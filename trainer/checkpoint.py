@@ -95,6 +95,7 @@ class Checkpointer:
         self._config = config
         self._clock = clock
         self._last_time = clock()
+        self.last_save_seconds: float | None = None  # From its start until it was on the disk.
         self._newest: int | None = None  # the newest step saved, restored or on its way
         self._good: int | None = None  # the newest step known to be committed
         self._saving: int | None = None
@@ -213,20 +214,25 @@ class Checkpointer:
         """Is a save on its way, as far as `check` and `wait` have seen?"""
         return self._saving is not None
 
-    def check(self) -> None:
+    def check(self) -> bool:
         """Raise what went wrong with the save on its way, if anything. Cheap, and not collective.
+
+        Returns:
+          Whether a save was found to have come to its end.
 
         Raises:
           CheckpointError: the save failed; the steps before it are untouched.
         """
         if self._saving is None:
-            return
+            return False
         try:
             self._orbax.check_for_errors()
         except Exception as error:
             raise self._failed(error) from error
-        if self._path(self._saving).exists():
-            self._committed()
+        if not self._path(self._saving).exists():
+            return False
+        self._committed()
+        return True
 
     def wait(self) -> None:
         """Wait until the save on its way is on the disk.
@@ -247,6 +253,7 @@ class Checkpointer:
     def _committed(self) -> None:
         """Let retention do its work, now that the newest step is safe."""
         self._good, self._saving = self._saving, None
+        self.last_save_seconds = self._clock() - self._last_time
         if not distributed.is_lead():
             return
         drop = checkpoint_directory.steps_to_drop(

@@ -72,7 +72,9 @@ class Loop:
                     self._save(leaves, step, position, final=ended)
                 if self.evaluate and self._eval_due(step) and not stopped:
                     self._evaluate(leaves, step, self.evaluate)
-                self.saver.check()
+                if self.saver.check():
+                    # The launcher asks for a stop so early that another save fits.
+                    report_progress(step, "step", save_seconds=self.saver.last_save_seconds)
         return Ended(leaves, step, stopped)
 
     def _next_batch(self, step: int) -> Any:

@@ -10,6 +10,7 @@ import sys
 import time
 
 from launch import contract
+from launch.agent.connect import find_owner
 from launch.agent.log import Log
 from launch.agent.process import STACKS_SIGNAL_OFFSET, Process, read
 from launch.agent.processes import become_subreaper, die_with_parent, kill_descendants, send
@@ -17,6 +18,7 @@ from launch.agent.processes import become_subreaper, die_with_parent, kill_desce
 _POLL_SECONDS = 0.1  # Between two looks at progress, exceptions and the size of logs.
 _STACKS_SECONDS = 3.0  # How long a process may take to write its stacks.
 _QUIET_SECONDS = 0.05  # What is written in a burst is complete after this.
+_SIGNAL_SECONDS = 0.2  # Within this a signal to all processes of a machine has reached them all.
 _STACKS_BYTES = 1 << 16  # Most that is reported of one process's stacks.
 
 
@@ -31,6 +33,8 @@ class Agent:
         self._answered_at = time.monotonic()  # The plan counts as the first lease.
         self._lease_until = self._answered_at + plan["lease_seconds"]
         self._input_open = True
+        self._signalled = None  # When somebody else told this host to stop, on both clocks.
+        self._told_signal = False
         self._kill_at = None  # Once nothing but the end is left.
 
     def run(self):
@@ -46,6 +50,7 @@ class Agent:
             if not self._running:
                 break
             self._check_lease()
+            self._tell_signal()
             self._look()
             self._wait(wakeup)
         self._report(event="done", leftover=kill_descendants())
@@ -72,14 +77,21 @@ class Agent:
             self._flush()
 
     def _set_up_signals(self):
-        """Make SIGCHLD wake select, and a signal to the agent count as the owner's going."""
+        """Make SIGCHLD wake select; what a signal to the agent means, the plan says."""
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: self._lose_owner())
+            signal.signal(number, lambda *_: self._be_signalled())
         return read_end
+
+    def _be_signalled(self):
+        """Stop; the owner decides for how long, if it is to hear of signals."""
+        if not self._plan.get("tells_signals"):
+            self._lose_owner()
+        elif self._signalled is None:
+            self._signalled = (time.monotonic(), time.time())
 
     def _start(self, plan):
         """Start one process in a session of its own, its output straight onto its log."""
@@ -164,6 +176,14 @@ class Agent:
         if self._kill_at is None:
             self._kill_at = time.monotonic() + self._plan["max_grace_seconds"]
             self._signal(signal.SIGTERM)
+
+    def _tell_signal(self):
+        """Pass on that the machine is wanted back; its processes may have heard it as well."""
+        if self._signalled is None or self._told_signal:
+            return
+        self._told_signal = True
+        self._report(event="signalled")
+        self._signal(signal.SIGTERM)
 
     def _signal(self, number):
         for process in self._running.values():
@@ -260,6 +280,8 @@ class Agent:
         process.look()
         self._trim(process)
         by_signal = ended.si_code != os.CLD_EXITED
+        if by_signal and ended.si_status == signal.SIGTERM and process.told_at is None:
+            self._ask_who_signalled(process)
         progress = process.progress or {}
         record = {
             "schema": contract.SCHEMA,
@@ -292,6 +314,16 @@ class Agent:
             told_at=process.told_at,
             record=record,
         )
+
+    def _ask_who_signalled(self, process):
+        """Whoever wants the machine back tells every process of it, and one may have died of it
+        before the agent has heard."""
+        limit = time.monotonic() + _SIGNAL_SECONDS
+        while self._plan.get("tells_signals") and time.monotonic() < limit:
+            if self._signalled is not None:
+                process.told_at, process.told_time = self._signalled
+                return
+            time.sleep(0.01)
 
     def _write_record(self, plan, record):
         try:
@@ -328,8 +360,16 @@ class Agent:
             self._flush()
 
 
-def main():
-    """Read the plan and run it."""
+def main(arguments):
+    """Read the plan and run it.
+
+    Args:
+      arguments: none, when the owner is at the other end of standard input and output; or the file
+        in which it says where it is, and the variable that names this host (see connect).
+    """
+    if arguments:
+        door, variable = arguments
+        find_owner(door, os.environ.get(variable) or os.uname().nodename)
     data = b""
     while b"\n" not in data:
         more = os.read(0, 65536)
@@ -337,4 +377,9 @@ def main():
             return  # The owner left before it said what to do.
         data += more
     line, _, leftover = data.partition(b"\n")
-    Agent(json.loads(line), leftover).run()
+    plan = json.loads(line)
+    if plan.get("complaints"):
+        fd = os.open(plan["complaints"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(fd, 2)
+        os.close(fd)
+    Agent(plan, leftover).run()

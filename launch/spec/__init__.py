@@ -16,6 +16,7 @@ from launch.spec.job import (
     train_spec,
 )
 from launch.spec.policies import RestartPolicy, WatchPolicy
+from launch.spec.slurm import SlurmSpec
 
 __all__ = [
     "AXES",
@@ -29,6 +30,7 @@ __all__ = [
     "MeshSpec",
     "RestartPolicy",
     "ShardingSpec",
+    "SlurmSpec",
     "TrainSpec",
     "WatchPolicy",
     "build",

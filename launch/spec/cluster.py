@@ -9,6 +9,7 @@ from typing import Any
 from launch.spec.errors import ConfigError, closest
 from launch.spec.fields import build, require
 from launch.spec.policies import RestartPolicy, WatchPolicy
+from launch.spec.slurm import SlurmSpec
 
 BACKENDS = ("local", "slurm", "tpu")
 MIN_LEASE_SECONDS = 3.0  # Leases are renewed about once a second, on a machine that may be busy.
@@ -56,17 +57,17 @@ class Cluster:
     hosts_min: int | None = None
     lease_seconds: float = 15.0
     max_log_bytes: int = 64 << 20
-    slurm: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    slurm: SlurmSpec = dataclasses.field(default_factory=SlurmSpec)
     tpu: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ConfigError("backend", closest(self.backend, BACKENDS), self.backend)
         require(
-            self.backend == "local",
+            self.backend != "tpu",
             "backend",
             self.backend,
-            "not there yet; this version starts gangs with backend 'local' only",
+            "not there yet; this version has the backends 'local' and 'slurm'",
         )
         for name in ("hosts", "processes_per_host", "devices_per_process", "slices"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
@@ -84,7 +85,9 @@ class Cluster:
             f"must be from 1 to hosts={self.hosts}, or None for all of them",
         )
         self._check_env()
-        self._check_local()
+        self._check_unused()
+        if self.backend == "slurm":
+            self._check_gpus()
 
     def _check_env(self) -> None:
         for name, value in self.env.items():
@@ -105,20 +108,32 @@ class Cluster:
                 "is filled in for each process by the launcher; take it out",
             )
 
-    def _check_local(self) -> None:
-        """Refuse what the local backend would have to ignore."""
-        here = "means nothing on backend 'local'; "
+    def _check_unused(self) -> None:
+        """Refuse what the backend would have to ignore."""
+        here = f"means nothing on backend '{self.backend}'; "
         require(self.accelerator is None, "accelerator", self.accelerator, here + "set it to None")
         require(self.slices == 1, "slices", self.slices, here + "set it to 1")
+        require(not self.tpu, "tpu", dict(self.tpu), here + "take the section out")
+        if self.backend != "local":
+            return
         require(
             not self.setup,
             "setup",
             self.setup,
             "not there yet on backend 'local'; run the commands before `muster run`",
         )
-        for name in ("slurm", "tpu"):
-            section = getattr(self, name)
-            require(not section, name, dict(section), here + "take the section out")
+        said = {k: v for k, v in vars(self.slurm).items() if v != getattr(_SLURM_DEFAULTS, k)}
+        require(not said, "slurm", said, here + "take the section out")
+
+    def _check_gpus(self) -> None:
+        gpus, per_host = self.slurm.gpus, self.processes_per_host * self.devices_per_process
+        require(
+            gpus is None or gpus == per_host,
+            "slurm.gpus_per_node" if self.slurm.gpus_per_node else "slurm.gres",
+            gpus,
+            f"must be processes_per_host * devices_per_process = {self.processes_per_host} * "
+            f"{self.devices_per_process} = {per_host}, so that no GPU is left out",
+        )
 
     @property
     def num_processes(self) -> int:
@@ -129,6 +144,9 @@ class Cluster:
     def num_devices(self) -> int:
         """JAX devices over all processes."""
         return self.num_processes * self.devices_per_process
+
+
+_SLURM_DEFAULTS = SlurmSpec()
 
 
 def cluster_spec(config: Any) -> Cluster:

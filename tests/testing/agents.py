@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import contract, rundir
-from launch.backends import local
+from launch.backends import host_plan
 
 PATIENCE_SECONDS = 30.0
 
@@ -42,12 +42,12 @@ class Owner:
             "lease_seconds": 60.0,
             "max_grace_seconds": 1.0,
             "max_log_bytes": 1 << 26,
-            "hook": str(local.HOOK_DIRECTORY),
+            "hook": str(host_plan.HOOK_DIRECTORY),
             "processes": [self._process(i, program) for i, program in enumerate(programs)],
             **plan,
         }
         self.popen = subprocess.Popen(
-            [sys.executable, *local.AGENT[1:]],
+            [sys.executable, *host_plan.AGENT[1:]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -58,14 +58,14 @@ class Owner:
     def _process(self, process_id: int, program: Any) -> dict[str, Any]:
         if isinstance(program, str):
             program = [sys.executable, "-c", textwrap.dedent(program)]
-        files = local.files_of(self.folder, process_id)
+        files = host_plan.files_of(self.folder, process_id)
         names = {
             "progress": contract.PROGRESS_FILE,
             "failure": contract.FAILURE_FILE,
             "stacks": contract.STACKS_FILE,
         }
         env = {variable: files[name] for name, variable in names.items()}
-        root = str(local.HOOK_DIRECTORY.parents[1])
+        root = str(host_plan.HOOK_DIRECTORY.parents[1])
         env |= {"PYTHONPATH": root, "PYTHONUNBUFFERED": "1"}
         return {"process_id": process_id, "argv": program, "env": env, **files}
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from launch import main
 from launch.agent import agent, process
-from launch.backends import local
+from launch.backends import host_plan, local
+from launch.channel import LocalChannel
 
 SKEW_SECONDS = 3600.0
 DELAY_SECONDS = 0.3
@@ -31,21 +32,21 @@ def be_agent() -> None:
         report(self, **event)
 
     agent.Agent._report = report_late
-    agent.main()
+    agent.main([])
 
 
 def run(argv: list[str]) -> int:
     """Be `muster`."""
     start_agent = local.start_agent
 
-    def start_skewed(plan: Any, *rest: Any) -> local.AgentProcess:
-        program = local.AGENT
+    def start_skewed(plan: Any, *rest: Any) -> LocalChannel:
+        program = host_plan.AGENT
         if plan["host"] == "local1":
-            local.AGENT = [sys.executable, "-m", "tests.testing.skewed"]
+            host_plan.AGENT = [sys.executable, "-m", "tests.testing.skewed"]
         try:
             return start_agent(plan, *rest)
         finally:
-            local.AGENT = program
+            host_plan.AGENT = program
 
     local.start_agent = start_skewed
     return main.main(argv)

@@ -17,7 +17,7 @@ def test_the_shipped_local_cluster_is_two_processes_of_four_devices():
     ("fields", "message"),
     [
         ({"backend": "locl"}, "cluster.backend='locl': did you mean 'local'?"),
-        ({"backend": "slurm"}, "cluster.backend='slurm': not there yet"),
+        ({"backend": "tpu"}, "cluster.backend='tpu': not there yet"),
         ({"hosts": 0}, "cluster.hosts=0: must be at least 1"),
         ({"hosts": "2"}, "cluster.hosts='2': must be int, is str"),
         ({"process_per_host": 2}, "cluster.process_per_host: no such field; did you mean"),

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from launch.backends.local import AgentProcess
+from launch.channel import LocalChannel
 from launch.gang import AgentClock, AgentLink
 
 LEASE = 10.0
@@ -42,7 +42,7 @@ def link():
     )
     popen.stdout.close()
     popen.stdout = os.fdopen(read_end, "rb", buffering=0)
-    made = AgentLink(AgentProcess("h0", popen), LEASE, now=0.0)
+    made = AgentLink(LocalChannel("h0", popen), LEASE, now=0.0)
     made.say_bytes = lambda data: os.write(write_end, data)
     made.say = lambda **message: made.say_bytes(json.dumps(message).encode() + b"\n")
     yield made

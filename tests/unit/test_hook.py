@@ -13,7 +13,7 @@ import pytest
 
 from launch import contract
 from launch.agent.process import STACKS_SIGNAL_OFFSET
-from launch.backends.local import HOOK_DIRECTORY
+from launch.backends.host_plan import HOOK_DIRECTORY
 
 
 class Hooked:

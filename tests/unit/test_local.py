@@ -11,7 +11,7 @@ from pathlib import Path
 
 import launch.agent
 from launch import contract
-from launch.backends import local
+from launch.backends import host_plan, local
 from launch.program import Program
 from launch.spec import cluster_spec
 from tests.testing.gangs import ROOT, environment
@@ -33,7 +33,9 @@ def rendered() -> str:
         }
     )
     program = Program(("python", "-m", "trainer.main"), {"PYTHONPATH": "/code"})
-    attempt = local.AttemptSpec(Path("/runs/one"), 7, local.host_names(cluster), 4242)
+    attempt = host_plan.AttemptSpec(
+        Path("/runs/one"), 7, local.host_names(cluster), "127.0.0.1:4242"
+    )
     plans = local.render(cluster, program, attempt)
     for plan in plans:
         plan["hook"] = str(Path(plan["hook"]).relative_to(ROOT))
@@ -48,7 +50,7 @@ def test_the_local_plan_is_the_recorded_one():
 
 def test_an_attempt_with_fewer_hosts_numbers_its_processes_anew():
     cluster = cluster_spec({"backend": "local", "hosts": 3, "processes_per_host": 2})
-    attempt = local.AttemptSpec(Path("/runs/one"), 1, ("local0", "local2"), 4242)
+    attempt = host_plan.AttemptSpec(Path("/runs/one"), 1, ("local0", "local2"), "127.0.0.1:4242")
     plans = local.render(cluster, Program(("true",)), attempt)
     envs = [process["env"] for plan in plans for process in plan["processes"]]
     assert [plan["host"] for plan in plans] == ["local0", "local2"]

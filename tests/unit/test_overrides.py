@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.run import make_request
+from launch.request import make_request
 from launch.spec import ConfigError, load_config
 
 CONFIG = """

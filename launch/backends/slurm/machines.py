@@ -1,0 +1,339 @@
+"""Inside of a job: the controller's way to the nodes and to SLURM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from launch import rundir
+from launch.agent.processes import die_with_parent
+from launch.backends import host_plan
+from launch.backends.host_plan import AttemptSpec
+from launch.backends.local import reserve_port
+from launch.backends.slurm import client, container
+from launch.backends.slurm.client import Job, JobWatch
+from launch.backends.slurm.door import Door
+from launch.channel import Channel, RemoteChannel
+from launch.events import Event, HostLeaving, Interrupted, StopRequested
+from launch.gang import Gang
+from launch.ownership import Attempt, RunDir
+from launch.program import Program
+from launch.spec import Cluster
+
+_ASK_SECONDS = 5.0  # Between two looks at the job.
+_STEP_END_SECONDS = 10.0  # How long srun may take to see that its agents have ended.
+_MARGIN_SECONDS = 2.0  # To write the records before SLURM kills.
+_SAVES = 2.0  # So many times the last save's duration is kept free before the time limit.
+_DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERING_DOWN", "POWERED_DOWN")
+_LEAVING = (*_DOWN, "DRAIN", "MAINT")
+
+
+class SlurmMachines:
+    """The nodes of this job; see launch.controller.Backend."""
+
+    signals: Sequence[signal.Signals] = (
+        *(signal.SIGTERM, signal.SIGUSR2, signal.SIGINT),
+        signal.SIGHUP,
+    )
+
+    def __init__(self, cluster: Cluster, program: Program, run_dir: RunDir, job_id: str):
+        """Asks SLURM what it has given.
+
+        Args:
+          cluster: what was asked for.
+          program: what every process runs.
+          run_dir: held by this process.
+          job_id: this job's.
+        """
+        self.processes_per_host = cluster.processes_per_host
+        self.lease_seconds = cluster.lease_seconds
+        self.come_seconds = cluster.watch.start_seconds
+        self.backend_ids: tuple[str, ...] = (job_id,)
+        self._cluster = cluster
+        self._program = program
+        self._run_dir = run_dir
+        self._owner = rundir.last_owner(run_dir.path)
+        self._job_id = job_id
+        self._nodes = os.environ["SLURM_JOB_NODELIST"]
+        self._restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        self._kill_wait_seconds = client.kill_wait_seconds()
+        self._address = self._find_address()
+        self._watch = JobWatch(job_id, _ASK_SECONDS)
+        self._srun: subprocess.Popen[bytes] | None = None
+        self._explained: set[str] = set()  # Hosts whose agents were told to stop, and it is known.
+        self._interrupted = ""  # Why, once it was said.
+        self._look_due = 0.0
+        self._progress: Path | None = None
+
+    @property
+    def job(self) -> Job | None:
+        """What SLURM said last of this job."""
+        return self._watch.job
+
+    @property
+    def taken_away(self) -> bool:
+        """Whether SLURM itself has ended this start of the job."""
+        job = self._watch.job
+        return self._watch.gone or (job is not None and self._lost(job))
+
+    def _lost(self, job: Job) -> bool:
+        return job.restarts > self._restarts or job.state not in ("RUNNING", "CONFIGURING")
+
+    def _find_address(self) -> str:
+        """This node's address, as SLURM itself uses it."""
+        node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+        name = node  # It is what most sites resolve.
+        with suppress(client.UnavailableError, KeyError):
+            name = client.nodes(node)[node]["NodeAddr"]
+        return socket.gethostbyname(name)
+
+    # ------------------------------------------------------------------ the agents
+
+    @contextmanager
+    def agents(
+        self, hosts: Sequence[str], attempt: Attempt
+    ) -> Iterator[list[tuple[Mapping[str, Any], Channel]]]:
+        """See launch.controller.Backend: one srun step brings an agent to each node."""
+        with reserve_port(self._address) as reservation:
+            coordinator = f"{self._address}:{reservation.getsockname()[1]}"
+            spec = AttemptSpec(self._run_dir.path, attempt.number, tuple(hosts), coordinator)
+            channels = {host: RemoteChannel(host) for host in hosts}
+            door = Door(self._address, attempt.path / "door.json", channels)
+            self._progress = rundir.progress_path(attempt.path, 0)
+            self._explained = set()
+            try:
+                self._srun = self._start_step(hosts, attempt, attempt.path / "door.json")
+                plans = render(self._cluster, self._program, spec)
+                yield [(plan, channels[plan["host"]]) for plan in plans]
+            finally:
+                door.close()
+                self._end_step()
+
+    def _start_step(
+        self, hosts: Sequence[str], attempt: Attempt, door: Path
+    ) -> subprocess.Popen[bytes]:
+        argv = step_command(self._cluster, hosts, door, self._run_dir.path)
+        log = os.open(attempt.path / "srun.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            return subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 (it only calls prctl)
+            )
+        finally:
+            os.close(log)
+
+    def _end_step(self) -> None:
+        if self._srun is None:
+            return
+        for end in (lambda: None, self._srun.terminate, self._srun.kill):
+            end()
+            try:
+                self._srun.wait(_STEP_END_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        self._srun = None
+
+    # ------------------------------------------------------------------ what SLURM wants
+
+    def attend(self, gang: Gang, now: float) -> list[Event]:
+        """See launch.controller.Backend."""
+        events: list[Event] = []
+        if self._srun is not None and self._srun.poll() is not None:
+            for host in gang.absent:  # They will not come any more.
+                events += gang.give_up(host, now)
+        if gang.signalled - self._explained:
+            self._explained |= gang.signalled
+            events += self._explain(batch=False)
+        if now >= self._look_due:
+            self._look_due = now + 1.0
+            events += self._look()
+        return events
+
+    def signalled(self, number: int) -> list[Event]:
+        """See launch.controller.Backend."""
+        if number == signal.SIGUSR2:
+            # The time limit is near, or the job is to be preempted; what SLURM says is exact.
+            self._watch.look_again()
+            return []
+        if number != signal.SIGTERM:
+            return [StopRequested()]
+        return self._explain(batch=True)
+
+    def before_next(self) -> list[Event]:
+        """See launch.controller.Backend."""
+        try:
+            found = client.nodes(self._nodes)
+        except client.UnavailableError:
+            return []
+        return [HostLeaving(node) for node, words in found.items() if _is(words, _LEAVING)]
+
+    def _look(self) -> list[Event]:
+        """What the last answer of SLURM's asks for."""
+        if self._owner != rundir.last_owner(self._run_dir.path):
+            return self._interrupt("host_lost", "another job has taken this run over", 0.0)
+        job = self._watch.job
+        if job is None:
+            return []
+        if self._watch.gone or self._lost(job):
+            return self._explain(batch=True)
+        left = float("inf") if job.end_at is None else job.end_at - time.time()
+        if job.preempted_at is not None:
+            return self._preempted(left - _MARGIN_SECONDS)
+        if left > self._needed_seconds():
+            return []
+        message = f"the time limit of job {self._job_id} is {max(0.0, left):.0f} s away"
+        return self._interrupt("time_limit", message, left - _MARGIN_SECONDS)
+
+    def _needed_seconds(self) -> float:
+        """How long before the time limit the gang is asked to leave."""
+        least = self._cluster.slurm.warning_seconds
+        report = rundir.read_record(self._progress) if self._progress else None
+        saved = (report or {}).get("save_seconds")
+        if not isinstance(saved, int | float):
+            return least
+        return max(least, _SAVES * saved + self._kill_wait_seconds)
+
+    def _explain(self, batch: bool) -> list[Event]:
+        """Find out who wants the gang to end.
+
+        Args:
+          batch: the batch script was told, and not only the step of the agents.
+        """
+        left = self._kill_wait_seconds - _MARGIN_SECONDS
+        try:
+            job = self._ask()
+        except client.UnavailableError:
+            message = "SLURM wants the job to end, and gives no answer why"
+            return self._interrupt("preempted", message, left)
+        if job is not None and job.restarts > self._restarts:
+            down = self._down_nodes()
+            if down:
+                message = f"SLURM has lost node {down[0]} and put the job back into the queue"
+                return self._interrupt("host_lost", message, left, down[0])
+            return self._interrupt("preempted", "SLURM has put the job back into the queue", left)
+        if job is not None and job.preempted_at is not None:
+            running = job.state == "RUNNING" and job.end_at is not None
+            seconds = job.end_at - time.time() if running and job.end_at else left
+            return self._preempted(seconds - _MARGIN_SECONDS if running else left)
+        batch = batch or job is None or job.state != "RUNNING"
+        if batch and job is not None and job.end_at is not None:
+            limit = self._watch.job.end_at if self._watch.job else None
+            if limit is not None and time.time() >= limit - _MARGIN_SECONDS:
+                message = f"the time limit of job {self._job_id} is over"
+                return self._interrupt("time_limit", message, left)
+        if batch:
+            return self._interrupt("stopped", f"job {self._job_id} was cancelled", left)
+        message = "somebody has sent a signal to the job's processes"
+        return self._interrupt("stopped", message, self._cluster.grace_seconds)
+
+    def _ask(self) -> Job | None:
+        """What SLURM says of the job now. The signal goes to every process of the job, and so it
+        may end the very command that asks: it is asked again."""
+        limit = time.monotonic() + self._kill_wait_seconds / 2
+        while True:
+            try:
+                return client.job(self._job_id, timeout_seconds=self._kill_wait_seconds / 2)
+            except client.UnavailableError:
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(0.1)
+
+    def _down_nodes(self) -> list[str]:
+        try:
+            found = client.nodes(self._nodes)
+        except client.UnavailableError:
+            return []
+        return [node for node, words in found.items() if _is(words, _DOWN)]
+
+    def _preempted(self, seconds: float) -> list[Event]:
+        return self._interrupt("preempted", f"job {self._job_id} is preempted", seconds)
+
+    def _interrupt(
+        self, cause: str, message: str, seconds: float, host: str | None = None
+    ) -> list[Event]:
+        if self._interrupted == cause and not host:
+            return []
+        self._interrupted = cause
+        self._watch.look_again()
+        return [Interrupted(cause, message, max(0.0, seconds), host)]
+
+    def close(self) -> None:
+        """Ask SLURM no more."""
+        self._watch.close()
+
+
+def _is(words: Mapping[str, str], states: Sequence[str]) -> bool:
+    """Whether a node is in one of these states: `IDLE+DRAIN`, `DOWN*`."""
+    now = words.get("State", "").replace("*", "+NOT_RESPONDING").split("+")
+    return any(state.startswith(wanted) for state in now for wanted in states)
+
+
+def render(cluster: Cluster, program: Program, attempt: AttemptSpec) -> list[dict[str, Any]]:
+    """The plan of each node's agent, in order of nodes.
+
+    Args:
+      cluster: how many processes on a node, and how they are kept.
+      program: what every process runs.
+      attempt: where.
+    """
+
+    def process_env(process_id: int) -> dict[str, str]:
+        env = {**host_plan.gang_env(cluster, attempt, process_id), **host_plan.cpu_env(cluster)}
+        if cluster.slurm.gpus is not None:
+            number = cluster.devices_per_process
+            first = process_id % cluster.processes_per_host * number
+            # Every process sees all of its node's GPUs, so that they reach one another directly.
+            env["JAX_LOCAL_DEVICE_IDS"] = ",".join(str(first + i) for i in range(number))
+            env["JAX_PLATFORMS"] = "cuda"  # Without a GPU it must fail, not go on without.
+            del env["NPROC"], env["GLIBC_TUNABLES"]
+        return {**env, **cluster.env}
+
+    plans = host_plan.render(cluster, program, attempt, process_env)
+    for plan in plans:
+        plan["tells_signals"] = True
+        plan["complaints"] = str(rundir.agent_log_path(attempt.path, plan["host"]))
+    return plans
+
+
+def step_command(cluster: Cluster, hosts: Sequence[str], door: Path, run_dir: Path) -> list[str]:
+    """The srun that brings an agent to each node.
+
+    Args:
+      cluster: the container, if there is one.
+      hosts: the nodes.
+      door: the file in which agents read where the controller is.
+      run_dir: the run directory.
+    """
+    python = sys.executable
+    if cluster.slurm.container is not None:
+        python = cluster.slurm.container_python
+    agent = host_plan.agent_command(python, str(door), "SLURMD_NODENAME")
+    options, before = container.wrap(cluster.slurm, run_dir)
+    number = len(hosts)
+    cpus = os.environ.get("SLURM_CPUS_PER_TASK")
+    return [
+        "srun",
+        *(f"--nodes={number}", f"--ntasks={number}", "--ntasks-per-node=1"),
+        f"--nodelist={','.join(hosts)}",
+        # srun does not take it over from the job.
+        *([f"--cpus-per-task={cpus}"] if cpus else []),
+        "--kill-on-bad-exit=0",  # Who is guilty is not srun's to judge.
+        "--input=none",
+        "--job-name=muster",
+        *options,
+        *before,
+        *agent,
+    ]
