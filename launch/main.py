@@ -25,6 +25,9 @@ Muster starts one program on many processes, keeps them together and says what b
   muster stop RUN
       have a run saved and stopped, from wherever its directory is seen; again to kill it at once
 
+  muster doctor --cluster=FILE [--workdir=DIR] [--wait=SECONDS]
+      can this cluster run a gang? tries it, and says what is missing
+
 RUN is a run directory, or the name or id of a run that `muster list` shows.
 
 flags of run:
@@ -46,6 +49,7 @@ _FLAGS: dict[str, dict[str, bool]] = {
     "status": {"json": True},
     "logs": {"process": False, "attempt": False, "follow": True},
     "stop": {},
+    "doctor": {"workdir": False, "wait": False},
 }
 _CONFIG_FLAGS = ("config", "cluster")
 
@@ -89,6 +93,10 @@ def _dispatch(argv: list[str]) -> int:
             run.dry_run(request)
             return contract.EXIT_DONE
         return run.run(request, detached="detach" in flags)
+    if command == "doctor":
+        from launch.doctor import doctor
+
+        return doctor(arguments, flags)
     if command == "list":
         if arguments:
             raise ConfigError("", f"muster list takes no argument; got {arguments}")
@@ -140,7 +148,7 @@ def split_flags(command: str, argv: Sequence[str]) -> tuple[dict[str, str], list
             if not equals and arguments and not arguments[0].startswith("-"):
                 rest.append(arguments.pop(0))
         elif name not in known:
-            names = [*known, *(_CONFIG_FLAGS if command == "run" else ())]
+            names = [*known, *(_CONFIG_FLAGS if command in ("run", "doctor") else ())]
             raise ConfigError("", f"muster {command} has no flag {arg!r}; {closest(name, names)}")
         elif known[name]:
             if equals:
@@ -154,7 +162,7 @@ def split_flags(command: str, argv: Sequence[str]) -> tuple[dict[str, str], list
 
 
 def _is_config_flag(command: str, name: str) -> bool:
-    if command != "run":
+    if command not in ("run", "doctor"):
         return False
     stem = name.partition(".")[0]
     return stem in _CONFIG_FLAGS or ("." in name and stem.removeprefix("no") in _CONFIG_FLAGS)

@@ -13,8 +13,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+from launch import rundir
+from tests.testing.gangs import MusterCommand, wait_until
 
 # What each command needs of Debian's packages.
 PACKAGES = {
@@ -25,7 +29,7 @@ PACKAGES = {
 }
 NODES = ("node1", "node2", "node3", "node4")
 GPUS_PER_NODE = 2
-CPUS_PER_NODE = 4
+CPUS_PER_NODE = 4  # Counted; the machine may have fewer.
 _START_SECONDS = 30.0
 _STOP_SECONDS = 10.0
 _SBIN = ("/usr/sbin", "/sbin")
@@ -64,14 +68,12 @@ SlurmdTimeout=15
 SlurmctldTimeout=30
 MessageTimeout=8
 OverTimeLimit=0
-ReturnToService=2
+ReturnToService=1
 MinJobAge=300
 InactiveLimit=0
 GresTypes=gpu
 TmpFS={root}
-NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=8192 \
-Gres=gpu:{gpus} State=UNKNOWN
-{ports}
+{node_lines}
 PartitionName=low Nodes={nodes} Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=30 \
 OverSubscribe=NO
 PartitionName=high Nodes={nodes} MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF \
@@ -133,6 +135,24 @@ class Slurm:
         self._daemons[daemon].kill()
         self._daemons.pop(daemon).wait()
 
+    def heal(self) -> None:
+        """Cancel what is there, and bring back what a test has taken away."""
+        for name, daemon in list(self._daemons.items()):
+            daemon.send_signal(signal.SIGCONT)
+            if daemon.poll() is not None:
+                del self._daemons[name]
+        if "slurmctld" not in self._daemons:
+            self.start_controller()
+        for node in NODES:
+            if f"slurmd {node}" not in self._daemons:
+                self.start_node(node)
+        wait_until(lambda: "UP" in self.command("scontrol", "ping"), "slurmctld to be up", 60.0)
+        self.command("scancel", "--user=root", check=False)
+        for node in NODES:
+            self.command("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+        wait_until(lambda: not self.command("squeue", "-h").strip(), "the queue to be empty", 60.0)
+        self.wait_for_nodes()
+
     def suspend(self, daemon: str, stopped: bool = True) -> None:
         """Stop a daemon where it is, or let it go on."""
         self._daemons[daemon].send_signal(signal.SIGSTOP if stopped else signal.SIGCONT)
@@ -185,14 +205,9 @@ class Slurm:
             munge_socket=munge_socket,
             root=self.root,
             nodes="node[1-4]",
-            cpus=CPUS_PER_NODE,
-            gpus=GPUS_PER_NODE,
-            ports="@",
+            node_lines="\n".join(node_lines),
         )
-        lines = [line for line in text.splitlines() if not line.startswith(("NodeName=", "@"))]
-        at = next(i for i, line in enumerate(lines) if line.startswith("PartitionName="))
-        lines[at:at] = node_lines
-        self.conf.write_text("\n".join(lines) + "\n")
+        self.conf.write_text(text)
         devices = [self.root / f"gpu{i}" for i in range(GPUS_PER_NODE)]
         for device in devices:
             os.mknod(device, 0o666 | 0o020000, os.makedev(1, 3))  # Copies of /dev/null.
@@ -263,12 +278,43 @@ def _free_ports(count: int) -> list[int]:
             one.close()
 
 
-def wait_until(condition, seconds: float, what: str, look: Mapping | None = None):
-    """Wait for a condition; its value."""
-    limit = time.monotonic() + seconds
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < limit, (what, look)
-        time.sleep(0.1)
+class SlurmMuster(MusterCommand):
+    """`muster` on a SLURM."""
+
+    def __init__(self, folder: Path, **cluster: Any):
+        """Other keyword arguments are fields of the cluster config; `slurm` adds to its section."""
+        section = {"partition": "low", "time": "10", "cpus_per_process": 1, "warning_seconds": 10.0}
+        fields = {
+            "backend": "slurm",
+            "hosts": 2,
+            "lease_seconds": 5.0,
+            "restart": {"max_failures": 2, "max_preemptions": 5, "backoff_seconds": 0.2},
+            **cluster,
+            "slurm": {**section, **cluster.get("slurm", {})},
+        }
+        super().__init__(folder, **fields)
+
+    def job_id(self) -> str:
+        """The run's newest job, waited for."""
+
+        def look() -> str | None:
+            jobs = (rundir.read_record(self.workdir / "jobs.json") or {}).get("jobs") or [{}]
+            return jobs[-1].get("job_id")
+
+        wait_until(look, "a job")
+        return str(look())
+
+    def causes(self) -> list[str]:
+        """How the attempts have ended, in order."""
+        numbers = rundir.attempt_numbers(self.workdir)
+        return [str(self.attempt(number)["cause"]) for number in numbers]
+
+    def wait_for_step(self, step: int, number: int = 0) -> None:
+        """Wait until every process of an attempt has reported a step."""
+
+        def all_there() -> bool:
+            path = rundir.attempt_path(self.workdir, number)
+            records = [rundir.read_record(rundir.progress_path(path, i)) for i in range(4)]
+            return all(record and record.get("step", -1) >= step for record in records)
+
+        wait_until(all_there, f"step {step} of attempt {number}", 90.0)

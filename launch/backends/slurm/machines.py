@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from launch import rundir
+from launch import contract, rundir
 from launch.agent.processes import die_with_parent
 from launch.backends import host_plan
 from launch.backends.host_plan import AttemptSpec
@@ -22,6 +22,7 @@ from launch.backends.slurm import client, container
 from launch.backends.slurm.client import Job, JobWatch
 from launch.backends.slurm.door import Door
 from launch.channel import Channel, RemoteChannel
+from launch.console import last_lines
 from launch.events import Event, HostLeaving, Interrupted, StopRequested
 from launch.gang import Gang
 from launch.ownership import Attempt, RunDir
@@ -31,6 +32,7 @@ from launch.spec import Cluster
 _ASK_SECONDS = 5.0  # Between two looks at the job.
 _STEP_END_SECONDS = 10.0  # How long srun may take to see that its agents have ended.
 _MARGIN_SECONDS = 2.0  # To write the records before SLURM kills.
+_NOTICE_LINES = 5  # In which SLURM's word on the job's end is looked for.
 _SAVES = 2.0  # So many times the last save's duration is kept free before the time limit.
 _DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERING_DOWN", "POWERED_DOWN")
 _LEAVING = (*_DOWN, "DRAIN", "MAINT")
@@ -220,9 +222,10 @@ class SlurmMachines:
             return self._interrupt("preempted", message, left)
         if job is not None and job.restarts > self._restarts:
             down = self._down_nodes()
-            if down:
-                message = f"SLURM has lost node {down[0]} and put the job back into the queue"
-                return self._interrupt("host_lost", message, left, down[0])
+            if down or "NODE FAILURE" in self._notice():
+                node = f"node {down[0]}" if down else "a node, which has come back since,"
+                message = f"SLURM has lost {node} and put the job back into the queue"
+                return self._interrupt("host_lost", message, left, down[0] if down else None)
             return self._interrupt("preempted", "SLURM has put the job back into the queue", left)
         if job is not None and job.preempted_at is not None:
             running = job.state == "RUNNING" and job.end_at is not None
@@ -258,6 +261,12 @@ class SlurmMachines:
             return []
         return [node for node, words in found.items() if _is(words, _DOWN)]
 
+    def _notice(self) -> str:
+        """Why SLURM ends the job, as its step daemon has written it into the job's output."""
+        lines = last_lines(self._run_dir.path / contract.CONTROLLER_LOG, _NOTICE_LINES)
+        told = [line for line in lines if f"*** JOB {self._job_id} ON " in line]
+        return told[-1] if told else ""
+
     def _preempted(self, seconds: float) -> list[Event]:
         return self._interrupt("preempted", f"job {self._job_id} is preempted", seconds)
 
@@ -291,14 +300,11 @@ def render(cluster: Cluster, program: Program, attempt: AttemptSpec) -> list[dic
     """
 
     def process_env(process_id: int) -> dict[str, str]:
-        env = {**host_plan.gang_env(cluster, attempt, process_id), **host_plan.cpu_env(cluster)}
+        env = {**host_plan.gang_env(cluster, attempt, process_id), **device_env(cluster)}
         if cluster.slurm.gpus is not None:
             number = cluster.devices_per_process
             first = process_id % cluster.processes_per_host * number
-            # Every process sees all of its node's GPUs, so that they reach one another directly.
             env["JAX_LOCAL_DEVICE_IDS"] = ",".join(str(first + i) for i in range(number))
-            env["JAX_PLATFORMS"] = "cuda"  # Without a GPU it must fail, not go on without.
-            del env["NPROC"], env["GLIBC_TUNABLES"]
         return {**env, **cluster.env}
 
     plans = host_plan.render(cluster, program, attempt, process_env)
@@ -306,6 +312,22 @@ def render(cluster: Cluster, program: Program, attempt: AttemptSpec) -> list[dic
         plan["tells_signals"] = True
         plan["complaints"] = str(rundir.agent_log_path(attempt.path, plan["host"]))
     return plans
+
+
+def device_env(cluster: Cluster) -> dict[str, str]:
+    """What makes a process's devices what the cluster has."""
+    env = host_plan.cpu_env(cluster)
+    if cluster.slurm.gpus is not None:
+        # Every process sees all of its node's GPUs, so that they reach one another directly; which
+        # are its own is said by their numbers. Without a GPU it must fail, not go on without.
+        env["JAX_PLATFORMS"] = "cuda"
+        del env["NPROC"], env["GLIBC_TUNABLES"], env["JAX_LOCAL_DEVICE_IDS"]
+    return env
+
+
+def agent_python(cluster: Cluster) -> str:
+    """The interpreter on the nodes: this one, which they see too, or the container's."""
+    return sys.executable if cluster.slurm.container is None else cluster.slurm.container_python
 
 
 def step_command(cluster: Cluster, hosts: Sequence[str], door: Path, run_dir: Path) -> list[str]:
@@ -317,23 +339,22 @@ def step_command(cluster: Cluster, hosts: Sequence[str], door: Path, run_dir: Pa
       door: the file in which agents read where the controller is.
       run_dir: the run directory.
     """
-    python = sys.executable
-    if cluster.slurm.container is not None:
-        python = cluster.slurm.container_python
-    agent = host_plan.agent_command(python, str(door), "SLURMD_NODENAME")
+    agent = host_plan.agent_command(agent_python(cluster), str(door), "SLURMD_NODENAME")
+    options = [f"--nodelist={','.join(hosts)}", "--job-name=muster"]
+    return ["srun", *options, *step_options(cluster, len(hosts), run_dir), *agent]
+
+
+def step_options(cluster: Cluster, number: int, run_dir: Path) -> list[str]:
+    """Options of an srun that starts one task on each node, and what comes before the task's own
+    command."""
     options, before = container.wrap(cluster.slurm, run_dir)
-    number = len(hosts)
-    cpus = os.environ.get("SLURM_CPUS_PER_TASK")
+    cpus = cluster.slurm.cpus_per_process
     return [
-        "srun",
         *(f"--nodes={number}", f"--ntasks={number}", "--ntasks-per-node=1"),
-        f"--nodelist={','.join(hosts)}",
         # srun does not take it over from the job.
-        *([f"--cpus-per-task={cpus}"] if cpus else []),
+        *([] if cpus is None else [f"--cpus-per-task={cpus * cluster.processes_per_host}"]),
         "--kill-on-bad-exit=0",  # Who is guilty is not srun's to judge.
         "--input=none",
-        "--job-name=muster",
         *options,
         *before,
-        *agent,
     ]

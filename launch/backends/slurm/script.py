@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from launch import contract
@@ -37,17 +37,30 @@ class JobSpec:
     warning_seconds: float
 
 
-def render(cluster: Cluster, job: JobSpec) -> str:
+def render(
+    cluster: Cluster, job: JobSpec, words: Sequence[str] = (), minutes: int | None = None
+) -> str:
     """The batch script.
+
+    Args:
+      cluster: what to ask for.
+      job: what it is for.
+      words: a command; the controller's if empty.
+      minutes: the time limit; the cluster's if None.
 
     Raises:
       ConfigError: a value has a form that cannot be told to sbatch.
     """
     lines = ["#!/bin/bash"]
+    if minutes is not None:
+        slurm = dataclasses.replace(cluster.slurm, time=str(minutes), array=None, dependency=None)
+        cluster = dataclasses.replace(cluster, slurm=slurm)
     lines += [_directive(option, why) for option, why in _options(cluster, job)]
     lines += ["", "set -e  # What cannot be set up is not started."]
     lines += [f"module load {shlex.quote(module)}" for module in cluster.slurm.modules]
     lines += cluster.setup
+    if words:
+        return "\n".join([*lines, f"exec {shlex.join(words)}"]) + "\n"
     words = [job.python, "-c", _CONTROLLER, str(ROOT), str(job.run_dir)]
     lines += [
         "# This shell becomes the controller: SLURM's signals to the batch script reach it.",
