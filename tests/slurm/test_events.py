@@ -61,7 +61,7 @@ def check_no_step_is_lost(muster: SlurmMuster) -> None:
     ],
 )
 def test_a_job_that_is_taken_away_saves_and_goes_on(slurm, muster, event, cause, says):
-    started = muster.start(program=saver(200 if "kill" not in event else 320))
+    started = muster.start(program=saver(100 if "kill" not in event else 300))
     muster.wait_for_step(10)
     job_id = muster.job_id()
     other = None

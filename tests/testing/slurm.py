@@ -63,7 +63,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,batch_sched_delay=0,sched_min_interval=200000
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=5
+KillWait=15
 SlurmdTimeout=15
 SlurmctldTimeout=30
 MessageTimeout=8

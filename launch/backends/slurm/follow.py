@@ -62,10 +62,10 @@ class _Follower:
             if self.owns
             else "Ctrl-C leaves it running"
         )
-        self.say(f"muster: following job {self.job_id}; {end}")
-        self.first_attempt = self._first()
         with self._signals():
             try:
+                self.say(f"muster: following job {self.job_id}; {end}")
+                self.first_attempt = self._first()
                 return self._run()
             except _Left:
                 self.say(

@@ -76,7 +76,7 @@ def _options(cluster: Cluster, job: JobSpec) -> Iterable[tuple[str, str]]:
     least = cluster.hosts if cluster.hosts_min is None else cluster.hosts_min
     yield f"--job-name={slurm.job_name or job.run_dir.name}", ""
     yield f"--comment={job.comment}", "by which Muster finds the job again"
-    yield f"--chdir={_literal(str(job.cwd))}", ""
+    yield f"--chdir={job.cwd}", ""
     yield f"--output={_literal(log)}", ""
     yield "--open-mode=append", "a job that is put back into the queue writes on"
     yield f"--nodes={cluster.hosts if least == cluster.hosts else f'{least}-{cluster.hosts}'}", ""
@@ -125,5 +125,6 @@ def _quoted(value: str) -> str:
 
 
 def _literal(path: str) -> str:
-    """A file name that sbatch is not to fill in."""
-    return path.replace("%", "%%")
+    """A file name that SLURM is not to fill in: one with a backslash it leaves alone, but for the
+    backslashes."""
+    return path.replace("\\", "\\\\") if "\\" in path else path.replace("%", "%%")
