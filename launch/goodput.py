@@ -40,7 +40,7 @@ class AttemptTimes:
       phase_seconds: by phase, of the lead process.
       first_step, last_step: that it reported; None if it never did.
       resumed_step: the checkpoint's that it went on from; None where that is not on record.
-      queued_seconds: of its time, until it had its machines.
+      queued_since: when it began to wait for its machines; None where nothing is waited for.
       wanted_after: whether the run should have gone on after it. Time after a stop by the user or
         after completion is no part of the run.
     """
@@ -51,7 +51,7 @@ class AttemptTimes:
     first_step: int | None = None
     last_step: int | None = None
     resumed_step: int | None = None
-    queued_seconds: float = 0.0
+    queued_since: float | None = None
     wanted_after: bool = True
 
 
@@ -73,12 +73,15 @@ class Goodput:
         return {part: value / self.wall_seconds for part, value in self.seconds.items()}
 
 
-def goodput(attempts: Sequence[AttemptTimes], now: float | None = None) -> Goodput | None:
+def goodput(
+    attempts: Sequence[AttemptTimes], now: float | None = None, queued: bool = False
+) -> Goodput | None:
     """Share out a run's time.
 
     Args:
       attempts: in order.
-      now: while another attempt is waited for: the time until then counts as down.
+      now: while another attempt is waited for: the time until then counts as down,
+      queued: or as queueing, if what is waited for are machines.
 
     Returns:
       None when no time has passed, or no attempt says how it spent its time.
@@ -87,12 +90,16 @@ def goodput(attempts: Sequence[AttemptTimes], now: float | None = None) -> Goodp
         return None
     seconds = dict.fromkeys(PARTS, 0.0)
     # Clocks may differ between the hosts that wrote the records: time never runs backwards here.
-    clock = attempts[0].started_at
+    first = attempts[0]
+    clock = min(first.started_at, first.queued_since or first.started_at)
     wanted = True
     for index, attempt in enumerate(attempts):
         started_at = max(clock, attempt.started_at)
+        queued_at = started_at if attempt.queued_since is None else attempt.queued_since
+        queued_at = min(started_at, max(clock, queued_at))
+        seconds["queueing"] += started_at - queued_at
         if wanted:
-            seconds["down"] += started_at - clock
+            seconds["down"] += queued_at - clock
         clock = max(started_at, attempt.ended_at)
         spent = _spent(attempt, clock - started_at)
         lost = spent["stepping"] * _share_lost(attempts, index)
@@ -102,7 +109,7 @@ def goodput(attempts: Sequence[AttemptTimes], now: float | None = None) -> Goodp
             seconds[part] += value
         wanted = attempt.wanted_after
     if now is not None:
-        seconds["down"] += max(0.0, now - clock)
+        seconds["queueing" if queued else "down"] += max(0.0, now - clock)
     wall_seconds = sum(seconds.values())
     return Goodput(wall_seconds, seconds) if wall_seconds > 0 else None
 
@@ -110,7 +117,6 @@ def goodput(attempts: Sequence[AttemptTimes], now: float | None = None) -> Goodp
 def _spent(attempt: AttemptTimes, wall_seconds: float) -> dict[str, float]:
     """An attempt's time by parts, which sum to all of it."""
     seconds = dict.fromkeys(PARTS, 0.0)
-    seconds["queueing"] = max(0.0, attempt.queued_seconds)
     for phase, value in attempt.phase_seconds.items():
         seconds[_PART_OF_PHASE.get(phase, "other")] += max(0.0, value)
     told = sum(seconds.values())

@@ -14,7 +14,7 @@ from launch.console import print_all
 from launch.contract import utc
 from launch.goodput import AttemptTimes, Goodput, goodput
 from launch.program import shown_command
-from launch.standing import Standing, standing
+from launch.standing import QUEUED, Standing, standing
 from launch.times import seconds_of
 
 
@@ -53,7 +53,7 @@ def status_report(path: Path, now: float | None = None) -> dict[str, Any]:
             steps = [p["step"] for p in newest["processes"] if p["step"] is not None]
             newest["last_step"] = min(steps, default=None)
     asked = stop.read(path) if stands.running else None
-    spent = goodput(*_times(attempts, stands, now))
+    spent = goodput(*_times(attempts, stands, now), queued=stands.state == QUEUED)
     return {
         "schema": contract.SCHEMA,
         "id": record.get("id"),
@@ -224,7 +224,7 @@ def _times(
                 attempt.get("first_step"),
                 attempt.get("last_step"),
                 attempt.get("resumed_step"),
-                attempt.get("queued_seconds") or 0.0,
+                seconds_of(attempt.get("queued_since")),
                 wanted_after=attempt.get("cause") not in ("stopped", "completed"),
             )
         )

@@ -120,7 +120,7 @@ class Supervisor:
         if isinstance(event, StopRequested):
             return [self._finish(contract.EXIT_RESUMABLE)]
         if isinstance(event, Interrupted):
-            again = event.cause in PREEMPTIONS and self._final is None
+            again = self._policy.queued and event.cause in PREEMPTIONS and self._final is None
             requeue: list[Action] = [Requeue(tuple(sorted(self._leaving)))] if again else []
             return [*requeue, self._finish(contract.EXIT_RESUMABLE)]
         if not isinstance(event, Tick) or (self._start_at is not None and now < self._start_at):

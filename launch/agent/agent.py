@@ -10,7 +10,6 @@ import sys
 import time
 
 from launch import contract
-from launch.agent.connect import find_owner
 from launch.agent.log import Log
 from launch.agent.process import STACKS_SIGNAL_OFFSET, Process, read
 from launch.agent.processes import become_subreaper, die_with_parent, kill_descendants, send
@@ -368,6 +367,8 @@ def main(arguments):
         in which it says where it is, and the variable that names this host (see connect).
     """
     if arguments:
+        from launch.agent.connect import find_owner  # Not for all: its hashes take time to load.
+
         door, variable = arguments
         find_owner(door, os.environ.get(variable) or os.uname().nodename)
     data = b""

@@ -88,6 +88,13 @@ class Cluster:
         self._check_unused()
         if self.backend == "slurm":
             self._check_gpus()
+            most = self.restart.max_preemptions
+            require(
+                self.slurm.requeue or most == 0,
+                "slurm.requeue",
+                self.slurm.requeue,
+                f"restart.max_preemptions={most} needs it; set that to 0, or this to True",
+            )
 
     def _check_env(self) -> None:
         for name, value in self.env.items():

@@ -311,3 +311,25 @@ def test_the_last_lines_are_found_across_a_cut(tmp_path):
     log.trim()
     assert log.last_lines() == [f"line {i}" for i in range(1920, 2000)]
     log.close()
+
+
+def test_who_decides_over_the_machine_may_tell_everybody_and_it_is_no_failure(tmp_path):
+    with owner(tmp_path, SLEEP, SLEEP, lease_seconds=60.0, tells_signals=True) as agent:
+        pids = [agent.wait_for("started", process_id=i)["pid"] for i in (0, 1)]
+        for process_id in (0, 1):
+            agent.wait_for_log("ready", process_id)
+        os.kill(pids[1], signal.SIGTERM)  # It hears first, and dies of it.
+        os.kill(agent.popen.pid, signal.SIGTERM)
+        agent.wait_for("signalled")
+        records = agent.end()
+        assert [record["signal"] for record in records] == [signal.SIGTERM] * 2
+        assert all(record["told_at"] for record in records)
+
+
+def test_a_process_that_somebody_terminates_alone_was_not_told_by_us(tmp_path):
+    with owner(tmp_path, SLEEP, tells_signals=True) as agent:
+        agent.wait_for_log("ready")
+        os.kill(agent.wait_for("started")["pid"], signal.SIGTERM)
+        (record,) = agent.end()
+        assert (record["signal"], record["told_at"]) == (signal.SIGTERM, None)
+        assert not any(event["event"] == "signalled" for event in agent.events)

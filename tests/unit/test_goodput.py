@@ -41,6 +41,16 @@ def test_waiting_for_the_next_attempt_is_down():
     assert goodput([AttemptTimes(0.0, 10.0, {"step": 10.0})], now=40.0).shares["down"] == 0.75
 
 
+def test_waiting_for_machines_is_queueing_from_the_submission_on():
+    first = AttemptTimes(100.0, 150.0, {"step": 50.0}, 0, 5, queued_since=20.0)
+    # Of the 30 s between the two, 10 passed before it was put back.
+    second = AttemptTimes(180.0, 200.0, {"step": 20.0}, 5, 7, queued_since=160.0)
+    spent = goodput([first, second], now=240.0, queued=True)
+    assert spent.seconds["queueing"] == 80.0 + 20.0 + 40.0
+    assert spent.seconds["down"] == 10.0
+    assert spent.wall_seconds == 220.0
+
+
 def test_without_any_phase_on_record_there_is_nothing_to_say():
     assert goodput([]) is None
     assert goodput([AttemptTimes(0.0, 10.0, {})]) is None
@@ -57,8 +67,13 @@ def test_the_parts_are_the_whole_and_none_is_negative_whatever_the_clocks_say(se
         seconds = {phase: chance.uniform(-1, 40) for phase in phases}
         first = chance.choice([None, chance.randint(0, 50)])
         last = None if first is None else first + chance.randint(-3, 40)
+        since = chance.choice([None, start - chance.uniform(-5, 30)])
         wanted = chance.random() < 0.8
-        attempts.append(AttemptTimes(start, clock, seconds, first, last, wanted_after=wanted))
+        attempts.append(
+            AttemptTimes(
+                start, clock, seconds, first, last, queued_since=since, wanted_after=wanted
+            )
+        )
     spent = goodput(attempts, now=chance.choice([None, clock + 3]))
     assert spent is None or sum(spent.seconds.values()) == pytest.approx(spent.wall_seconds)
     assert spent is None or sum(spent.shares.values()) == pytest.approx(1.0)

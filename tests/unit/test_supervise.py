@@ -9,9 +9,12 @@ from launch.events import (
     Close,
     Finish,
     GangGone,
+    HostLeaving,
+    Interrupted,
     Kill,
     NotStarted,
     Raised,
+    Requeue,
     Stacks,
     Start,
     Started,
@@ -19,7 +22,9 @@ from launch.events import (
     StopRequested,
     TakeStacks,
     Tick,
+    Verdict,
 )
+from launch.restart import Outcome
 from launch.supervise import Supervisor
 from tests.unit import jax_ends
 from tests.unit.gang_play import (
@@ -372,3 +377,99 @@ def test_the_work_of_a_storm_is_one_stop_and_one_kill():
     assert isinstance(close, Close)
     assert close.verdict.guilty_process == 0
     assert len(close.verdict.explanation) < 1000
+
+
+WANTED = Interrupted("preempted", "job 7 is preempted", 20.0)
+
+
+def test_an_interrupted_gang_has_the_time_that_is_left_and_no_more():
+    events = [(1, WANTED), (2, told(0, 75, 2, since=1)), (20.9, Tick()), (21, Tick())]
+    actions, close = play(*events, (22, told(1, -9, 22, 1)), (22, told(2, -9, 22, 1)))
+    assert actions == [(1, Stop), (21, Kill)]
+    verdict = close.verdict
+    assert (verdict.cause, verdict.exit_code) == ("preempted", 75)
+    assert verdict.message == "job 7 is preempted"
+    assert verdict.guilty_process is None
+
+
+def test_a_shorter_time_counts_and_a_longer_one_does_not():
+    shorter = Interrupted("preempted", "job 7 is preempted", 3.0)
+    actions, _ = play((1, WANTED), (2, shorter), (3, WANTED), (4.9, Tick()), (5, Tick()))
+    assert actions == [(1, Stop), (5, Kill)]
+
+
+def test_an_interruption_after_a_failure_changes_nothing_of_its_cause():
+    events = [(1, ended(1, 1, at=1)), (1.1, WANTED), (1.2, told(0, 75, 1.2, 1))]
+    _, close = play(*events, (1.3, told(2, 75, 1.3, 1)))
+    assert (close.verdict.cause, close.verdict.guilty_process) == ("exception", 1)
+
+
+def test_a_failure_of_its_own_while_it_saves_is_told():
+    raised = told(1, 1, at=3, since=1, failure=failure("OSError: disk full", 3))
+    _, close = play((1, WANTED), (3, raised), (4, told(0, 75, 4, 1)), (4, told(2, 75, 4, 1)))
+    assert close.verdict.cause == "preempted"
+    assert close.verdict.message == "while stopping, process 1/3 on h1 failed: OSError: disk full"
+
+
+def test_the_user_may_stop_what_is_interrupted_and_it_stays_stopped():
+    actions, close = play((1, WANTED), (2, StopRequested()), (3, StopRequested()))
+    assert actions == [(1, Stop), (3, Kill)]
+    assert close.verdict.cause == "stopped"
+
+
+def queued(**fields) -> Supervisor:
+    supervisor = Supervisor(policy(queued=True, **fields))
+    supervisor.handle(Tick(), 0.0)
+    return supervisor
+
+
+def test_machines_from_a_queue_are_given_back_when_they_are_wanted():
+    supervisor = queued(restart={"max_preemptions": 1})
+    ends = [told(i, 75, 1, since=1) for i in range(3)]
+    close, requeue, finish = one_attempt(supervisor, 1.0, WANTED, *ends)
+    assert close.retry.again
+    assert close.retry.why == "interruption 1 of 1, back to the queue"
+    assert (requeue, finish.exit_code) == (Requeue(()), 75)
+
+
+def test_after_a_failure_they_are_kept_unless_one_is_leaving():
+    supervisor = queued(restart={"max_failures": 2, "backoff_seconds": 0.0})
+    failed = [ended(1, 1, at=1), *[told(i, 0, 1, since=1) for i in (0, 2)]]
+    (close,) = one_attempt(supervisor, 1.0, *failed)
+    assert close.retry.again
+    assert supervisor.handle(Tick(), 2.0) == [Start(("h0", "h1", "h2"))]
+    close, requeue, _ = one_attempt(supervisor, 3.0, *failed, HostLeaving("h2"))
+    assert requeue == Requeue(("h2",))
+    assert "back to the queue without h2" in close.retry.why
+
+
+def test_a_lost_machine_is_given_back():
+    supervisor = queued(restart={"max_preemptions": 1})
+    gone = [lost("h1", 1), told(0, -15, 1, since=1), told(2, -15, 1, since=1)]
+    _, requeue, finish = one_attempt(supervisor, 1.0, *gone)
+    assert (requeue, finish.exit_code) == (Requeue(("h1",)), 75)
+
+
+def test_nothing_is_put_back_when_the_budget_is_used_up_or_between_attempts():
+    supervisor = queued()
+    ends = [told(i, 75, 1, since=1) for i in range(3)]
+    close, finish = one_attempt(supervisor, 1.0, WANTED, *ends)
+    assert not close.retry.again
+    assert finish.exit_code == 75
+    waiting = queued(restart={"max_failures": 1, "backoff_seconds": 60.0})
+    one_attempt(waiting, 1.0, ended(1, 1, at=1), ended(0, 0, at=1), ended(2, 0, at=1))
+    assert [type(action) for action in waiting.handle(WANTED, 2.0)] == [Requeue, Finish]
+    cancelled = queued(restart={"max_failures": 1, "backoff_seconds": 60.0})
+    one_attempt(cancelled, 1.0, ended(1, 1, at=1), ended(0, 0, at=1), ended(2, 0, at=1))
+    stopped = Interrupted("stopped", "job 7 was cancelled", 5.0)
+    assert [type(action) for action in cancelled.handle(stopped, 2.0)] == [Finish]
+
+
+def test_what_earlier_starts_of_a_job_have_used_is_gone():
+    one = Outcome(Verdict("preempted", 75, "x"), None, 10)
+    last = queued(restart={"max_preemptions": 2}, history=(one,))
+    ends = [told(i, 75, 1, since=1) for i in range(3)]
+    close, *_ = one_attempt(last, 1.0, WANTED, *ends)
+    assert close.retry.why == "interruption 2 of 2, back to the queue"
+    spent = Supervisor(policy(queued=True, restart={"max_preemptions": 1}, history=(one, one)))
+    assert spent.handle(Tick(), 0.0) == [Finish(75)]

@@ -13,10 +13,13 @@ from launch.events import (
     Failure,
     Finish,
     GangGone,
+    HostLeaving,
     HostLost,
+    Interrupted,
     NotStarted,
     Progress,
     Raised,
+    Requeue,
     Stacks,
     Start,
     Started,
@@ -66,9 +69,19 @@ events = st.one_of(
     st.just(GangGone()),
     st.just(Tick()),
 )
+interruptions = st.builds(
+    Interrupted,
+    cause=st.sampled_from(["preempted", "time_limit", "host_lost", "stopped"]),
+    message=st.just("the machines are wanted back"),
+    seconds=st.sampled_from([0.0, 5.0, 50.0]),
+    host=st.sampled_from([None, "h1"]),
+)
+rare = st.just(StopRequested()) | interruptions | st.builds(HostLeaving, st.sampled_from(HOSTS))
 # A stop is rare, or nearly every run would be a stopped one.
 scripts = st.lists(
-    st.tuples(events | st.just(StopRequested()), st.sampled_from([0.0, 0.0, 0.1, 3.0, 40.0])),
+    st.tuples(
+        events | events | events | events | rare, st.sampled_from([0.0, 0.0, 0.1, 3.0, 40.0])
+    ),
     min_size=4,
     max_size=40,
 )
@@ -98,6 +111,8 @@ class Environment:
         self.starts = 0
         self.closed: list[Close] = []
         self.finished = False
+        self.queued = bool(fields.get("queued"))
+        self.requeue: Requeue | None = None
         self.ends: dict[int, Exited | NotStarted] = {}  # What the attempt was told, first ones.
         self.raised: dict[int, Raised] = {}
         self.hosts: tuple[str, ...] = ()
@@ -108,6 +123,7 @@ class Environment:
         gone = isinstance(event, GangGone)
         for action in self.supervisor.handle(event, self.now):
             assert not self.finished, "an action after the end"
+            assert self.requeue is None or isinstance(action, Finish), "back in the queue, and on"
             if isinstance(action, Start):
                 assert not self.alive, "two live attempts"
                 assert self.starts == len(self.closed), "started before the last was closed"
@@ -121,6 +137,10 @@ class Environment:
                 self.alive = False
                 self.closed.append(action)
                 self._check(action)
+            elif isinstance(action, Requeue):
+                assert self.queued
+                assert not self.alive
+                self.requeue = action
             elif isinstance(action, Finish):
                 assert not self.alive
                 self.finished = True
@@ -166,9 +186,14 @@ def play(script, **fields) -> Environment:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-@given(script=scripts | attempts, hosts_min=st.sampled_from([None, 1]), reports=st.booleans())
-def test_one_attempt_lives_at_a_time_and_budgets_hold(script, hosts_min, reports):
-    environment = play(script, hosts_min=hosts_min, reports=reports)
+@given(
+    script=scripts | attempts,
+    hosts_min=st.sampled_from([None, 1]),
+    reports=st.booleans(),
+    queued=st.booleans(),
+)
+def test_one_attempt_lives_at_a_time_and_budgets_hold(script, hosts_min, reports, queued):
+    environment = play(script, hosts_min=hosts_min, reports=reports, queued=queued)
     causes = [close.verdict.cause for close in environment.closed if close.retry.again]
     preempted = [cause in ("preempted", "time_limit", "host_lost") for cause in causes]
     assert preempted.count(True) <= BUDGET.max_preemptions

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import contract, live, rundir
-from launch.backends.slurm import client, submission
+from launch.backends.slurm import client, jobs, submission
 from launch.backends.slurm.hostlist import expand
 from launch.backends.slurm.machines import SlurmMachines
 from launch.control import control
@@ -41,7 +41,8 @@ def _run(workdir: Path) -> int:
     run_dir = _take(workdir, request.cluster.lease_seconds)
     _close_abandoned(run_dir, job_id)
     hosts = _choose(request, expand(os.environ["SLURM_JOB_NODELIST"]))
-    machines = SlurmMachines(request.cluster, request.program, run_dir, job_id)
+    queued_since = _queued_since(workdir, job_id)
+    machines = SlurmMachines(request.cluster, request.program, run_dir, job_id, queued_since)
     controller = control(
         request,
         run_dir,
@@ -108,6 +109,16 @@ def _choose(request: Request, nodes: list[str]) -> tuple[str, ...]:
         if fits(request, number):
             return tuple(nodes[:number])
     raise ConfigError("cluster.hosts_min", f"the config cannot use {len(nodes)} hosts", len(nodes))
+
+
+def _queued_since(workdir: Path, job_id: str) -> str | None:
+    """When this start of the job began to wait for its nodes, UTC ISO 8601."""
+    numbers = rundir.attempt_numbers(workdir)
+    last = rundir.attempt_record(workdir, numbers[-1]) if numbers else {}
+    if last.get("backend_ids", [])[:1] == [job_id]:
+        return last.get("ended_at")
+    asked = jobs.asked_jobs(workdir)
+    return asked[-1].asked_at if asked else None
 
 
 def history(workdir: Path, job_id: str) -> tuple[Outcome, ...]:

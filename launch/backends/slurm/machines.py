@@ -46,7 +46,14 @@ class SlurmMachines:
         signal.SIGHUP,
     )
 
-    def __init__(self, cluster: Cluster, program: Program, run_dir: RunDir, job_id: str):
+    def __init__(
+        self,
+        cluster: Cluster,
+        program: Program,
+        run_dir: RunDir,
+        job_id: str,
+        queued_since: str | None,
+    ):
         """Asks SLURM what it has given.
 
         Args:
@@ -54,6 +61,7 @@ class SlurmMachines:
           program: what every process runs.
           run_dir: held by this process.
           job_id: this job's.
+          queued_since: when it began to wait for its nodes, UTC ISO 8601.
         """
         self.processes_per_host = cluster.processes_per_host
         self.lease_seconds = cluster.lease_seconds
@@ -64,6 +72,7 @@ class SlurmMachines:
         self._run_dir = run_dir
         self._owner = rundir.last_owner(run_dir.path)
         self._job_id = job_id
+        self._queued_since = queued_since
         self._nodes = os.environ["SLURM_JOB_NODELIST"]
         self._restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         self._kill_wait_seconds = client.kill_wait_seconds()
@@ -111,6 +120,9 @@ class SlurmMachines:
             door = Door(self._address, attempt.path / "door.json", channels)
             self._progress = rundir.progress_path(attempt.path, 0)
             self._explained = set()
+            if self._queued_since is not None:
+                attempt.write(queued_since=self._queued_since)
+                self._queued_since = None  # The next one waits for nothing.
             try:
                 self._srun = self._start_step(hosts, attempt, attempt.path / "door.json")
                 plans = render(self._cluster, self._program, spec)
