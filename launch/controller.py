@@ -11,8 +11,7 @@ import os
 import selectors
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from launch import live, rundir, stop
@@ -37,6 +36,7 @@ from launch.events import (
 )
 from launch.gang import Gang
 from launch.ownership import Attempt, RunDir
+from launch.signals import Signals
 from launch.supervise import Supervisor
 from launch.words import last_words
 
@@ -108,8 +108,7 @@ class Controller:
         self._on_started: Callable[[], None] | None = on_started
         self._selector = selectors.DefaultSelector()
         self._requests = stop.StopRequests(run_dir.path)
-        self._signals: list[int] = []
-        self._suspensions = 0
+        self._signals = Signals()
         self._gang = Gang(self._selector, backend.lease_seconds)
         self._attempt: Attempt | None = None
         self._number = 0  # The newest attempt's.
@@ -128,7 +127,7 @@ class Controller:
         """
         # What a killed agent leaves behind comes to this process, which kills it.
         become_subreaper()
-        with self._catching_signals() as wakeup, self._resources:
+        with self._signals.caught(self._backend.signals) as wakeup, self._resources:
             self._selector.register(wakeup, selectors.EVENT_READ)
             try:
                 self._handle(Tick())
@@ -165,8 +164,8 @@ class Controller:
 
     def _stop_requests(self, now: float) -> list[Event]:
         events: list[Event] = []
-        while self._signals:
-            events += self._backend.signalled(self._signals.pop(0))
+        for number in self._signals.take():
+            events += self._backend.signalled(number)
         if now >= self._requests_due:
             self._requests_due = now + _REQUESTS_SECONDS
             events += [StopRequested()] * self._requests.poll()
@@ -174,8 +173,8 @@ class Controller:
 
     def _look_around(self, now: float) -> None:
         """What is told beside the events."""
-        if self._suspensions:
-            self._suspensions = 0
+        if self._signals.suspensions:
+            self._signals.suspensions = 0
             self._console.say(
                 "muster: not suspended: the gang would be stopped when it hears no more of this "
                 "process; use --detach to have the terminal free"
@@ -299,32 +298,3 @@ class Controller:
         for line in last_words(verdict, retry, attempt.path):
             self._console.say(line)
         self._write_live(time.monotonic())
-
-    # ------------------------------------------------------------------ signals
-
-    @contextmanager
-    def _catching_signals(self) -> Iterator[int]:
-        """Note signals instead of dying of them; gives a descriptor that they make ready."""
-        read_end, write_end = os.pipe()
-        os.set_blocking(write_end, False)
-        before = {}
-
-        def count(number: int, _: object) -> None:
-            self._signals.append(number)
-
-        def count_suspension(*_: object) -> None:
-            self._suspensions += 1
-
-        for number in self._backend.signals:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or `&` in a script
-                before[number] = signal.signal(number, count)
-        before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, count_suspension)
-        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        try:
-            yield read_end
-        finally:
-            signal.set_wakeup_fd(-1)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            os.close(read_end)
-            os.close(write_end)

@@ -44,7 +44,10 @@ _DEVICE_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|Out of memory (while trying to allocate|allocating)"
     r"|Ran out of memory (in|on)"
 )
-_HOST_MEMORY = re.compile(r"std::bad_alloc|Cannot allocate memory")
+# Said by C++, of Abseil ("mmap error: 12" is ENOMEM) and LLVM too, before it aborts.
+_HOST_MEMORY = re.compile(
+    r"std::bad_alloc|Cannot allocate memory|\bmmap error: 12\b|LLVM ERROR: out of memory"
+)
 _CANNOT_LOAD = ("SyntaxError", "IndentationError", "TabError", "ImportError", "ModuleNotFoundError")
 
 _TRACEBACK = "Traceback (most recent call last):"
@@ -177,7 +180,7 @@ def out_of_memory(fault: Fault) -> str | None:
         if end.oom_killed:
             return "host"
         if end.exit_code != contract.EXIT_CONFIG and failure is None:
-            return "host" if any("std::bad_alloc" in line for line in end.last_lines) else None
+            return "host" if any(map(_HOST_MEMORY.search, end.last_lines)) else None
     return None
 
 

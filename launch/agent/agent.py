@@ -11,14 +11,13 @@ import time
 
 from launch import contract
 from launch.agent.log import Log
-from launch.agent.process import STACKS_SIGNAL_OFFSET, Process, read
+from launch.agent.owner import Owner
+from launch.agent.process import Process, read
 from launch.agent.processes import become_subreaper, die_with_parent, kill_descendants, send
 
 _POLL_SECONDS = 0.1  # Between two looks at progress, exceptions and the size of logs.
-_STACKS_SECONDS = 3.0  # How long a process may take to write its stacks.
 _QUIET_SECONDS = 0.05  # What is written in a burst is complete after this.
 _SIGNAL_SECONDS = 0.2  # Within this a signal to all processes of a machine has reached them all.
-_STACKS_BYTES = 1 << 16  # Most that is reported of one process's stacks.
 
 
 class Agent:
@@ -27,8 +26,7 @@ class Agent:
     def __init__(self, plan, leftover=b""):
         self._plan = plan
         self._running = {}  # pid -> Process
-        self._unread = leftover
-        self._unsent = b""
+        self._owner = Owner(leftover)
         self._answered_at = time.monotonic()  # The plan counts as the first lease.
         self._lease_until = self._answered_at + plan["lease_seconds"]
         self._input_open = True
@@ -43,7 +41,7 @@ class Agent:
         os.set_blocking(1, False)
         for process in self._plan["processes"]:
             self._start(process)
-        self._obey(b"")  # Commands that came right behind the plan.
+        self._obey(self._owner.take(b""))  # Commands that came right behind the plan.
         while True:
             self._reap()
             if not self._running:
@@ -53,14 +51,14 @@ class Agent:
             self._look()
             self._wait(wakeup)
         self._report(event="done", leftover=kill_descendants())
-        self._say_the_rest()
+        self._owner.say_the_rest(self._plan["lease_seconds"])
 
     def _wait(self, wakeup):
         """Wait for a command, the end of a process, or the time of the next look."""
         awaited = any(process.asked for process in self._running.values())
         seconds = _QUIET_SECONDS / 2 if awaited else _POLL_SECONDS
         readable = [wakeup, 0] if self._input_open else [wakeup]
-        ready = select.select(readable, [1] if self._unsent else [], [], seconds)
+        ready = select.select(readable, [1] if self._owner.unsent else [], [], seconds)
         if wakeup in ready[0]:
             os.read(wakeup, 4096)
         # Before the input is read: an agent that was itself suspended must not find a lease there
@@ -69,11 +67,11 @@ class Agent:
         if 0 in ready[0]:
             data = os.read(0, 65536)
             if data:
-                self._obey(data)
+                self._obey(self._owner.take(data))
             else:
                 self._lose_owner()
         if 1 in ready[1]:
-            self._flush()
+            self._owner.flush()
 
     def _set_up_signals(self):
         """Make SIGCHLD wake select; what a signal to the agent means, the plan says."""
@@ -131,11 +129,9 @@ class Agent:
 
     # ------------------------------------------------------------------ what the owner says
 
-    def _obey(self, data):
-        """Carry out the commands that are complete."""
-        *lines, self._unread = (self._unread + data).split(b"\n")
-        for line in lines:
-            message = json.loads(line)
+    def _obey(self, messages):
+        """Carry out commands."""
+        for message in messages:
             if message["command"] == "lease":
                 self._renew(message["echo"])
             elif message["command"] == "stacks":
@@ -201,8 +197,9 @@ class Agent:
                     process_id=process.plan["process_id"],
                     failure=process.failure,
                 )
-            if process.asked:
-                self._collect_stacks(process)
+            text = process.stacks()
+            if text is not None:
+                self._report_stacks(process, text)
             self._trim(process)
 
     def _trim(self, process):
@@ -212,34 +209,13 @@ class Agent:
             self._complain("cannot shorten %s" % process.plan["log"], error)
 
     def _ask_for_stacks(self, process):
-        state, where = process.state()
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            with open(os.open(process.plan["stacks"], flags, 0o600), "a") as file:
-                now = contract.utc(time.time())
-                file.write("--- asked at %s: state %s, in %s\n" % (now, state, where or "?"))
-                size = file.tell()
+            answers = process.ask_for_stacks()
         except OSError as error:
             self._complain("cannot write %s" % process.plan["stacks"], error)
-            size = 0
-        process.asked = (time.monotonic(), size, size)
-        if state not in ("T", "t") and process.answers():  # Who is stopped would answer later.
-            # To the process alone; its group's other members have no handler.
-            send(os.kill, process.pid, signal.SIGRTMIN + STACKS_SIGNAL_OFFSET)
-        else:
+            answers = False
+        if not answers:
             self._report_stacks(process, "")
-
-    def _collect_stacks(self, process):
-        """Report stacks when all of them are there, or when their time is over."""
-        asked_at, start, last_size = process.asked
-        data = read(process.plan["stacks"])
-        now = time.monotonic()
-        quiet = len(data) == last_size > start
-        if quiet or now > asked_at + _STACKS_SECONDS:
-            text = data[start : start + _STACKS_BYTES].decode("utf-8", "replace")
-            self._report_stacks(process, text)
-        else:
-            process.asked = (asked_at, start, len(data))
 
     def _report_stacks(self, process, text):
         process.asked = None
@@ -271,37 +247,13 @@ class Agent:
             self._record_exit(process, ended, ended_at, oom_killed, usage.ru_maxrss * 1024)
 
     def _record_exit(self, process, ended, ended_at, oom_killed, peak_memory_bytes):
-        """Write the exit record, then report.
-
-        `peak_memory_bytes` is the most that was resident of the process, or of one of its children
-        that it had waited for.
-        """
+        """Write the exit record, then report."""
         process.look()
         self._trim(process)
         by_signal = ended.si_code != os.CLD_EXITED
         if by_signal and ended.si_status == signal.SIGTERM and process.told_at is None:
             self._ask_who_signalled(process)
-        progress = process.progress or {}
-        record = {
-            "schema": contract.SCHEMA,
-            "process_id": process.plan["process_id"],
-            "host": self._plan["host"],
-            "pid": process.pid,
-            "exit_code": None if by_signal else ended.si_status,
-            "signal": ended.si_status if by_signal else None,
-            "started_at": contract.utc(process.started),
-            "ended_at": contract.utc(time.time()),
-            "told_at": process.told_time and contract.utc(process.told_time),
-            "step": progress.get("step"),
-            "phase": progress.get("phase"),
-            "progress": process.progress,
-            "exception": process.failure,
-            "oom_killed": oom_killed,
-            "peak_memory_bytes": peak_memory_bytes,
-            "last_lines": process.log.last_lines(),
-            "log_dropped_bytes": process.log.dropped,
-        }
-        process.log.close()
+        record = process.exit_record(self._plan["host"], ended, oom_killed, peak_memory_bytes)
         self._write_record(process.plan, record)
         if not read(process.plan["stacks"]):
             with contextlib.suppress(OSError):
@@ -335,28 +287,8 @@ class Agent:
             sys.stderr.write("%s: %s\n" % (what, error))
             sys.stderr.flush()
 
-    # ------------------------------------------------------------------ what the owner is told
-
     def _report(self, **event):
-        self._unsent += json.dumps(dict({"time": time.monotonic()}, **event)).encode() + b"\n"
-        self._flush()
-
-    def _flush(self):
-        """Send what the owner takes. An owner that does not read must not keep the agent from
-        its lease; without one nobody hears it, and end of input says that it is gone."""
-        with contextlib.suppress(BlockingIOError):
-            try:
-                while self._unsent:
-                    self._unsent = self._unsent[os.write(1, self._unsent) :]
-            except BrokenPipeError:
-                self._unsent = b""
-
-    def _say_the_rest(self):
-        """Before leaving, wait a lease's time for an owner that reads slowly."""
-        limit = time.monotonic() + self._plan["lease_seconds"]
-        while self._unsent and time.monotonic() < limit:
-            select.select([], [1], [], 1.0)
-            self._flush()
+        self._owner.tell(**event)
 
 
 def main(arguments):

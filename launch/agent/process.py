@@ -6,6 +6,11 @@ import re
 import signal
 import time
 
+from launch import contract
+from launch.agent.processes import send
+
+_STACKS_SECONDS = 3.0  # How long it may take to write its stacks.
+_STACKS_BYTES = 1 << 16  # Most that is reported of them.
 STACKS_SIGNAL_OFFSET = 7  # SIGRTMIN + 7 asks a process for its stacks (launch/hook/sitecustomize).
 
 
@@ -90,6 +95,63 @@ class Process:
         number = signal.SIGRTMIN + STACKS_SIGNAL_OFFSET
         caught = re.search(rb"^SigCgt:\s*(\w+)$", read("/proc/%d/status" % self.pid), re.M)
         return bool(caught and int(caught.group(1), 16) >> (number - 1) & 1)
+
+    def ask_for_stacks(self):
+        """Ask for its stacks, and note its state beside them; whether it will answer."""
+        state, where = self.state()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        with open(os.open(self.plan["stacks"], flags, 0o600), "a") as file:
+            now = contract.utc(time.time())
+            file.write("--- asked at %s: state %s, in %s\n" % (now, state, where or "?"))
+            size = file.tell()
+        if state in ("T", "t") or not self.answers():  # Who is stopped would answer later.
+            return False
+        self.asked = (time.monotonic(), size, size)
+        # To the process alone; its group's other members have no handler.
+        send(os.kill, self.pid, signal.SIGRTMIN + STACKS_SIGNAL_OFFSET)
+        return True
+
+    def stacks(self):
+        """Its stacks, once all of them are there or their time is over; None until then."""
+        if self.asked is None:
+            return None
+        asked_at, start, last_size = self.asked
+        data = read(self.plan["stacks"])
+        quiet = len(data) == last_size > start
+        if not quiet and time.monotonic() <= asked_at + _STACKS_SECONDS:
+            self.asked = (asked_at, start, len(data))
+            return None
+        return data[start : start + _STACKS_BYTES].decode("utf-8", "replace")
+
+    def exit_record(self, host, ended, oom_killed, peak_memory_bytes):
+        """What is kept of its end; closes its log.
+
+        `peak_memory_bytes` is the most that was resident of the process, or of one of its children
+        that it had waited for.
+        """
+        by_signal = ended.si_code != os.CLD_EXITED
+        progress = self.progress or {}
+        record = {
+            "schema": contract.SCHEMA,
+            "process_id": self.plan["process_id"],
+            "host": host,
+            "pid": self.pid,
+            "exit_code": None if by_signal else ended.si_status,
+            "signal": ended.si_status if by_signal else None,
+            "started_at": contract.utc(self.started),
+            "ended_at": contract.utc(time.time()),
+            "told_at": self.told_time and contract.utc(self.told_time),
+            "step": progress.get("step"),
+            "phase": progress.get("phase"),
+            "progress": self.progress,
+            "exception": self.failure,
+            "oom_killed": oom_killed,
+            "peak_memory_bytes": peak_memory_bytes,
+            "last_lines": self.log.last_lines(),
+            "log_dropped_bytes": self.log.dropped,
+        }
+        self.log.close()
+        return record
 
     def was_oom_killed(self, number):
         """Whether the kernel ended it for want of memory."""

@@ -36,7 +36,7 @@ class Training(MusterCommand):
         self.check_nothing_is_left()
         return text
 
-    def metrics(self) -> list[dict]:
+    def metric_lines(self) -> list[dict]:
         lines = (self.workdir / contract.METRICS_FILE).read_text().splitlines()
         return [json.loads(line) for line in lines]
 
@@ -52,9 +52,9 @@ def straight(tmp_path_factory) -> Training:
 def test_both_processes_leave_out_the_steps_that_one_of_them_spoils(straight):
     expected = bad_steps(12)
     assert 0 < len(expected) < 4
-    losses = {line["step"]: line["loss"] for line in straight.metrics() if "loss" in line}
+    losses = {line["step"]: line["loss"] for line in straight.metric_lines() if "loss" in line}
     assert [step for step, loss in losses.items() if loss is None] == expected
-    assert straight.metrics()[-1]["skipped_nonfinite"] == len(expected)
+    assert straight.metric_lines()[-1]["skipped_nonfinite"] == len(expected)
     state = tiny.read_state(straight.workdir, 12)
     # The schedule's count stood still for these steps; the data went on.
     assert int(state["optimizer.opt_state.taken"]) == 12 - len(expected)
@@ -94,7 +94,7 @@ def test_averaged_params_are_evaluated_and_sampled_from_when_asked_for(tmp_path)
     training = Training(tmp_path)
     flags = ("--config.num_steps=6", "--config.eval.every_steps=6", "--config.eval.params=ema")
     text = training.train("--config.optimizer.ema_decay=0.99", *flags, task="lm")
-    lines = {name: line[name] for line in training.metrics() for name in line}
+    lines = {name: line[name] for line in training.metric_lines() for name in line}
     # The average is still near the beginning, where the loss is log(256) = 5.55.
     assert lines["loss"] < 5.3
     assert 5.4 < lines["eval_loss"] < 5.6

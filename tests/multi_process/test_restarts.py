@@ -53,19 +53,6 @@ def attempts(muster: MusterCommand) -> list[dict[str, Any]]:
     return [muster.attempt(number) for number in rundir.attempt_numbers(muster.workdir)]
 
 
-def command(muster: MusterCommand, *words: str) -> subprocess.CompletedProcess[str]:
-    """Another `muster` command on the run."""
-    return subprocess.run(
-        [muster.python, "-m", "launch", *words],
-        cwd=muster.folder,
-        env=environment(),
-        text=True,
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
-
-
 def test_a_gang_that_fails_twice_is_started_three_times_and_each_says_where_it_goes_on(muster):
     program = steps("sys.exit(f'failed at {step}') if me == '1' and attempt < 2 else None")
     done = muster.run(program=program + "    print(os.environ['MUSTER_COORDINATOR_ADDRESS'])\n")
@@ -164,9 +151,9 @@ def test_a_run_that_waits_for_its_next_attempt_can_be_stopped(tmp_path):
     muster = MusterCommand(tmp_path, restart=slow)
     process = muster.start(program="import sys; sys.exit('no')")
     wait_until(lambda: muster.attempts_closed() == 1, "the first attempt to end")
-    report = json.loads(command(muster, "status", str(muster.workdir), "--json").stdout)
+    report = json.loads(muster.other("status", str(muster.workdir), "--json").stdout)
     assert report["live"]["state"] == "waiting"
-    stopped = command(muster, "stop", str(muster.workdir))
+    stopped = muster.other("stop", str(muster.workdir))
     assert stopped.returncode == 0, stopped.stderr
     _, err = process.communicate(timeout=60)
     assert process.returncode == contract.EXIT_RESUMABLE
@@ -186,15 +173,15 @@ def test_a_detached_run_is_seen_and_stopped_by_its_name(muster):
     assert done.returncode == 0, done.stderr
     assert "goes on in the background" in done.stdout
     muster.wait_for_log("ready")
-    listed = json.loads(command(muster, "list", "--json").stdout)["runs"]
+    listed = json.loads(muster.other("list", "--json").stdout)["runs"]
     (mine,) = [run for run in listed if run["path"] == str(muster.workdir)]
     assert mine["state"] == "running"
-    assert "process 1 on local0" in command(muster, "status", mine["id"]).stdout
-    stopped = command(muster, "stop", mine["id"])
+    assert "process 1 on local0" in muster.other("status", mine["id"]).stdout
+    stopped = muster.other("stop", mine["id"])
     assert stopped.returncode == 0, stopped.stderr
     assert "has ended" in stopped.stderr
     assert muster.attempt()["cause"] == "stopped"
-    again = command(muster, "stop", mine["id"])
+    again = muster.other("stop", mine["id"])
     assert (again.returncode, "was not running" in again.stderr) == (0, True)
     assert "stopped" in (muster.workdir / contract.CONTROLLER_LOG).read_text()
 
@@ -233,7 +220,7 @@ def test_stopping_twice_kills_at_once(muster):
     )
     assert first.stderr is not None
     wait_until(lambda: "stopping" in (first.stderr.readline() or "stopping"), "the first to act")
-    assert command(muster, "stop", str(muster.workdir)).returncode == 0
+    assert muster.other("stop", str(muster.workdir)).returncode == 0
     assert first.wait(timeout=30) == 0
     process.communicate(timeout=30)
     assert muster.attempt()["cause"] == "stopped"
@@ -287,7 +274,7 @@ def test_a_hundred_megabytes_of_output_neither_slow_the_others_nor_fill_the_disk
     assert kept < 12 << 20
     record = rundir.read_record(rundir.exit_path(folder, 1))
     assert record["log_dropped_bytes"] == 100_000_000 + len("the end\n") - kept
-    shown = command(muster, "logs", str(muster.workdir), "--process=1").stdout
+    shown = muster.other("logs", str(muster.workdir), "--process=1").stdout
     assert shown.startswith("x" * 99 + "\n")
     assert shown.endswith("the end\n")
     assert "MB left out here]" in shown

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from configs import schedules
-from launch import contract
 from launch.spec.fields import plain
 from tests.testing import tiny
 from tests.testing.gangs import MusterCommand
@@ -33,12 +30,6 @@ def train(muster: MusterCommand, config: str, *flags: str) -> str:
     return text
 
 
-def metrics(muster: MusterCommand, name: str) -> dict[int, Any]:
-    """Step -> value, from metrics.jsonl."""
-    lines = (muster.workdir / contract.METRICS_FILE).read_text().splitlines()
-    return {line["step"]: line[name] for line in map(json.loads, lines) if name in line}
-
-
 def number(pattern: str, text: str) -> float:
     """The number that a pattern's group finds."""
     match = re.search(pattern, text)
@@ -48,7 +39,7 @@ def number(pattern: str, text: str) -> float:
 
 def test_regression_comes_close_to_the_noise(muster):
     text = train(muster, "regression.py")
-    loss = metrics(muster, "eval_loss")
+    loss = muster.metrics("eval_loss")
     assert list(loss) == [200, 400]
     assert 0.9 < loss[400] < 1.4  # The noise is 1.0; the seed alone makes 0.1 of difference.
     explained = number(r"R\^2 on held-out rows (\S+) \(the noise allows 0\.959", text)
@@ -58,13 +49,13 @@ def test_regression_comes_close_to_the_noise(muster):
 def test_rows_without_weight_do_not_spoil_what_is_learned_from_the_others(muster):
     # Microbatches of unlike weight, and targets of -999 that must not count.
     train(muster, "regression.py", "--config.data.mask_fraction=0.5", "--config.num_microbatches=4")
-    assert 0.9 < metrics(muster, "eval_loss")[400] < 1.6
+    assert 0.9 < muster.metrics("eval_loss")[400] < 1.6
 
 
 def test_digits_are_told_apart(muster):
     required_package("sklearn")
     text = train(muster, "digits.py")
-    assert metrics(muster, "eval_loss")[150] < 0.12
+    assert muster.metrics("eval_loss")[150] < 0.12
     accuracy = number(r"accuracy on 256 held-out digits: ([\d.]+)%", text)
     assert accuracy >= 97.0  # Four seeds gave 98.4 to 99.2.
 
@@ -80,6 +71,6 @@ def test_a_schedule_that_was_asked_for_is_the_one_that_is_trained_with(name, mus
     )
     for key, peak in [("learning_rate/biases", 4e-2), ("learning_rate/kernels", 2e-2)]:
         expected = make_schedule(name, plain(schedules.by_name(name, peak, 400)))
-        rates = metrics(muster, key)
+        rates = muster.metrics(key)
         assert rates == {step: pytest.approx(float(expected(step - 1))) for step in range(7, 43, 7)}
-    assert metrics(muster, "learning_rate") == rates  # Of the last group.
+    assert muster.metrics("learning_rate") == rates  # Of the last group.

@@ -37,12 +37,6 @@ class Training(MusterCommand):
         assert not self.left()
         return text
 
-    def metrics(self, name: str = "loss") -> dict[int, float]:
-        """Step -> value, from metrics.jsonl."""
-        lines = (self.workdir / contract.METRICS_FILE).read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        return {record["step"]: record[name] for record in records if name in record}
-
     def ledger(self) -> dict[str, str]:
         """Leaf -> PartitionSpec."""
         record = json.loads((self.workdir / contract.LEDGER_RECORD).read_text())

@@ -22,19 +22,6 @@ WAITS = """
 """
 
 
-def muster_command(muster: SlurmMuster, *words: str) -> subprocess.CompletedProcess[str]:
-    """Another `muster` command."""
-    return subprocess.run(
-        [sys.executable, "-m", "launch", *words],
-        cwd=muster.folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-
-
 @pytest.fixture
 def busy(slurm):
     """Another user's job on all nodes; cancelled by the test or at its end."""
@@ -48,13 +35,13 @@ def test_a_queued_run_says_why_is_found_again_and_is_cancelled(slurm, busy, must
     started = muster.start(program=WAITS)
     job_id = muster.job_id()
     wait_until(lambda: slurm.job(job_id)["Reason"] in ("Resources", "Priority"), "a reason")
-    report = json.loads(muster_command(muster, "status", str(muster.workdir), "--json").stdout)
+    report = json.loads(muster.other("status", str(muster.workdir), "--json").stdout)
     assert report["state"] == "queued"
     assert (report["job"]["id"], report["job"]["state"]) == (job_id, "PENDING")
     assert report["job"]["reason"] in ("Resources", "Priority")
-    text = muster_command(muster, "status", str(muster.workdir)).stdout
+    text = muster.other("status", str(muster.workdir)).stdout
     assert f"queued as SLURM job {job_id}" in text
-    assert f"queued, job {job_id}" in muster_command(muster, "list").stdout
+    assert f"queued, job {job_id}" in muster.other("list").stdout
 
     # The same command again submits nothing, and Ctrl-C then ends the looking on alone.
     again = muster.start(program=WAITS)
@@ -68,14 +55,14 @@ def test_a_queued_run_says_why_is_found_again_and_is_cancelled(slurm, busy, must
     assert other.returncode == contract.EXIT_CONFIG
     assert "It is not what this command would start" in other.stderr
 
-    stopped = muster_command(muster, "stop", str(muster.workdir))
+    stopped = muster.other("stop", str(muster.workdir))
     assert stopped.returncode == contract.EXIT_DONE, stopped.stderr
     assert f"cancelled SLURM job {job_id}" in stopped.stderr
     _, err = started.communicate(timeout=30)
     assert started.returncode == contract.EXIT_RESUMABLE
     assert "pending: Resources" in err or "pending: Priority" in err
     assert slurm.job(job_id)["JobState"] == "CANCELLED"
-    report = json.loads(muster_command(muster, "status", str(muster.workdir), "--json").stdout)
+    report = json.loads(muster.other("status", str(muster.workdir), "--json").stdout)
     assert report["state"] == "stopped"
 
 
@@ -91,10 +78,10 @@ def test_detached_it_goes_on_is_followed_and_stopped_from_elsewhere(slurm, muste
         stdout=subprocess.PIPE,
         text=True,
     )
-    report = json.loads(muster_command(muster, "status", str(muster.workdir), "--json").stdout)
+    report = json.loads(muster.other("status", str(muster.workdir), "--json").stdout)
     assert report["state"] == "running"
     assert [p["host"] for p in report["attempts"][0]["processes"]] == ["node1"] * 2 + ["node2"] * 2
-    stopped = muster_command(muster, "stop", str(muster.workdir))
+    stopped = muster.other("stop", str(muster.workdir))
     assert stopped.returncode == contract.EXIT_DONE, stopped.stderr
     out, _ = logs.communicate(timeout=30)
     assert sorted(line for line in out.splitlines() if "ready" in line) == [
@@ -126,7 +113,7 @@ def test_a_closed_terminal_leaves_the_job_alone(slurm, muster):
     _, err = started.communicate(timeout=30)
     assert "goes on" in err
     assert slurm.job(muster.job_id())["JobState"] == "RUNNING"
-    muster_command(muster, "stop", str(muster.workdir))
+    muster.other("stop", str(muster.workdir))
 
 
 def test_a_job_whose_submission_got_no_answer_is_found_by_its_comment(slurm, muster):
@@ -136,11 +123,11 @@ def test_a_job_whose_submission_got_no_answer_is_found_by_its_comment(slurm, mus
     record = json.loads(path.read_text())
     job_id, record["jobs"][0]["job_id"] = record["jobs"][0]["job_id"], None
     path.write_text(json.dumps(record))
-    report = json.loads(muster_command(muster, "status", str(muster.workdir), "--json").stdout)
+    report = json.loads(muster.other("status", str(muster.workdir), "--json").stdout)
     assert report["state"] == "running"
-    stopped = muster_command(muster, "stop", str(muster.workdir))
+    stopped = muster.other("stop", str(muster.workdir))
     assert stopped.returncode == contract.EXIT_DONE, stopped.stderr
-    muster_command(muster, "status", str(muster.workdir))
+    muster.other("status", str(muster.workdir))
     again = muster.run(program="print('second')")
     assert again.returncode == contract.EXIT_DONE, again.stderr
     assert muster.job_id() != job_id
@@ -326,18 +313,18 @@ def test_a_chain_of_jobs_goes_on_where_the_one_before_stopped(slurm, tmp_path):
 def test_doctor_tries_the_nodes_and_says_what_is_wrong(slurm, tmp_path):
     muster = SlurmMuster(tmp_path, devices_per_process=1)
     words = ("doctor", f"--cluster={muster.cluster_file}", f"--workdir={tmp_path}")
-    well = muster_command(muster, *words)
+    well = muster.other(*words)
     assert well.returncode == contract.EXIT_DONE, well.stdout + well.stderr
     for what in ("SLURM", "partition", "shape", "shared directory", "environment", "network"):
         assert f"ok   {what}: " in well.stdout
     assert "node1, node2" in well.stdout
     # A partition that cannot, nodes that lack a device, a directory that the nodes do not see.
-    small = muster_command(muster, *words, "--cluster.slurm.partition=small")
+    small = muster.other(*words, "--cluster.slurm.partition=small")
     assert small.returncode == contract.EXIT_FAILED
     assert "FAIL partition" in small.stdout
     assert "MaxNodes is 1" in small.stdout
     fewer = SlurmMuster(tmp_path, env={"JAX_NUM_CPU_DEVICES": "3"})
-    lack = muster_command(fewer, *words)
+    lack = fewer.other(*words)
     assert lack.returncode == contract.EXIT_FAILED
     assert "FAIL devices: asked JAX on node1, node2: 3" in lack.stdout
     assert not list(tmp_path.glob(".muster-doctor-*"))
@@ -345,7 +332,7 @@ def test_doctor_tries_the_nodes_and_says_what_is_wrong(slurm, tmp_path):
 
 def test_doctor_on_a_full_cluster_says_that_it_could_not_try(slurm, busy, tmp_path):
     muster = SlurmMuster(tmp_path)
-    done = muster_command(muster, "doctor", f"--cluster={muster.cluster_file}", "--wait=2")
+    done = muster.other("doctor", f"--cluster={muster.cluster_file}", "--wait=2")
     assert "?    nodes: " in done.stdout
     assert "still waiting: " in done.stdout
     assert slurm.command("squeue", "-h", "-o", "%A").split() == [busy]

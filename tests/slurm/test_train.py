@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
@@ -17,12 +15,6 @@ from tests.testing.slurm import SlurmMuster
 from tests.testing.tiny import ROOT
 
 TINY = f"--config={ROOT}/tests/testing/tiny.py"
-
-
-def metrics(muster: MusterCommand, name: str) -> dict[int, Any]:
-    """Step -> value, from metrics.jsonl."""
-    lines = (muster.workdir / contract.METRICS_FILE).read_text().splitlines()
-    return {line["step"]: line[name] for line in map(json.loads, lines) if name in line}
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +30,14 @@ def losses(tmp_path_factory) -> dict[int, float]:
         if not local.workdir.exists():
             done = local.run(TINY, "--config.num_steps=8")
             assert done.returncode == contract.EXIT_DONE, done.stderr
-    return metrics(local, "loss")
+    return local.metrics("loss")
 
 
 def test_the_byte_model_trains_to_the_same_losses_as_on_this_machine(slurm, tmp_path, losses):
     muster = SlurmMuster(tmp_path, devices_per_process=2)
     done = muster.run(TINY, "--config.num_steps=8")
     assert done.returncode == contract.EXIT_DONE, done.stderr
-    assert metrics(muster, "loss") == losses
+    assert muster.metrics("loss") == losses
     assert list(losses) == list(range(1, 9))
 
 
@@ -61,7 +53,7 @@ def test_a_training_that_is_put_back_resumes_from_its_checkpoint(slurm, tmp_path
     first, second = muster.attempt(0), muster.attempt(1)
     assert second["first_step"] == first["last_step"]
     assert (muster.workdir / contract.CHECKPOINTS / str(first["last_step"])).is_dir()
-    assert {step: metrics(muster, "loss")[step] for step in losses} == losses
+    assert {step: muster.metrics("loss")[step] for step in losses} == losses
 
 
 def test_who_edits_the_config_meanwhile_does_not_change_a_queued_job(slurm, tmp_path, losses):
@@ -77,7 +69,7 @@ def test_who_edits_the_config_meanwhile_does_not_change_a_queued_job(slurm, tmp_
     slurm.command("scancel", other)
     _, err = started.communicate(timeout=120)
     assert started.returncode == contract.EXIT_DONE, err
-    assert metrics(muster, "loss") == losses
+    assert muster.metrics("loss") == losses
 
 
 def test_a_process_that_hangs_is_named_with_its_node(slurm, tmp_path):

@@ -66,10 +66,27 @@ class MusterCommand:
             raise AssertionError(f"muster hung; it had said {out}\n{err}") from None
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
+    def other(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Another `muster` command, run to its end."""
+        return subprocess.run(
+            [self.python, "-m", "launch", *words],
+            cwd=self.folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+
     def attempt(self, number: int = 0) -> dict[str, Any]:
         """An attempt's record."""
         path = rundir.attempt_path(self.workdir, number) / rundir.ATTEMPT_RECORD
         return json.loads(path.read_text())
+
+    def metrics(self, name: str = "loss") -> dict[int, Any]:
+        """Step -> value, from metrics.jsonl."""
+        lines = (self.workdir / contract.METRICS_FILE).read_text().splitlines()
+        return {line["step"]: line[name] for line in map(json.loads, lines) if name in line}
 
     def log(self, process_id: int, number: int = 0) -> str:
         """A process's log, "" where there is none yet."""

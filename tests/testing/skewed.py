@@ -9,7 +9,7 @@ import types
 from typing import Any
 
 from launch import main
-from launch.agent import agent, process
+from launch.agent import agent, owner, process
 from launch.backends import host_plan, local
 from launch.channel import LocalChannel
 
@@ -22,7 +22,7 @@ def be_agent() -> None:
     clock: Any = types.SimpleNamespace(**vars(time))
     clock.monotonic = lambda: time.monotonic() + SKEW_SECONDS
     clock.time = lambda: time.time() - SKEW_SECONDS
-    for module in (agent, process):
+    for module in (agent, owner, process):
         module.time = clock
     report = agent.Agent._report
 

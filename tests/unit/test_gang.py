@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from launch.agent_link import AgentClock, AgentLink
 from launch.channel import LocalChannel
-from launch.gang import AgentClock, AgentLink
 
 LEASE = 10.0
 

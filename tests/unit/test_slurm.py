@@ -14,8 +14,9 @@ from ml_collections import config_dict
 
 from launch import contract, rundir
 from launch.backends import host_plan
-from launch.backends.slurm import allocation, client, machines, script, submission
+from launch.backends.slurm import allocation, client, machines, script, step, submission
 from launch.backends.slurm.hostlist import expand
+from launch.backends.slurm.job_watch import JobWatch
 from launch.events import Retry, Verdict
 from launch.ownership import RunDir
 from launch.program import Program
@@ -224,7 +225,7 @@ def test_states_of_nodes_are_told_apart(state, down, leaving):
 def envs(**cluster) -> list[dict[str, str]]:
     spec = cluster_spec({"backend": "slurm", "hosts": 2, **cluster})
     attempt = host_plan.AttemptSpec(Path("/runs/one"), 0, ("n1", "n2"), "10.0.0.1:4242")
-    plans = machines.render(spec, Program(("true",)), attempt)
+    plans = step.render(spec, Program(("true",)), attempt)
     assert all(plan["tells_signals"] for plan in plans)
     return [process["env"] for plan in plans for process in plan["processes"]]
 
@@ -247,7 +248,7 @@ def test_the_step_has_one_agent_on_each_node_and_its_share():
     cluster = cluster_spec(
         {"backend": "slurm", "processes_per_host": 2, "slurm": {"cpus_per_process": 3}}
     )
-    argv = machines.step_command(cluster, ("n1", "n2"), Path("/d/door.json"), Path("/runs/one"))
+    argv = step.command(cluster, ("n1", "n2"), Path("/d/door.json"), Path("/runs/one"))
     assert argv[:2] == ["srun", "--nodelist=n1,n2"]
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=6"} <= set(argv)
     assert argv[-2:] == ["/d/door.json", "SLURMD_NODENAME"]
@@ -263,7 +264,7 @@ def test_a_container_sees_the_run_the_code_and_what_it_is_given(runtime, monkeyp
         "container_mounts": ("/data:/data",),
     }
     cluster = cluster_spec({"backend": "slurm", "slurm": section})
-    argv = machines.step_command(cluster, ("n1",), Path("/d"), Path("/runs/one"))
+    argv = step.command(cluster, ("n1",), Path("/d"), Path("/runs/one"))
     mounts = ["/runs/one:/runs/one", f"{ROOT}:{ROOT}", f"{tmp_path}:{tmp_path}", "/data:/data"]
     if runtime == "pyxis":
         assert "--container-image=jax.sif" in argv
@@ -368,7 +369,7 @@ def test_a_watch_tells_a_job_that_is_over_from_a_slurm_that_is_silent(monkeypatc
         return found
 
     monkeypatch.setattr(client, "job", answer)
-    watch = client.JobWatch("3", every_seconds=0.05)
+    watch = JobWatch("3", every_seconds=0.05)
     limit = time.monotonic() + 10
     silent = False
     while not watch.over and time.monotonic() < limit:

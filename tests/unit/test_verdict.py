@@ -82,6 +82,8 @@ def test_what_comes_after_our_signal_is_no_failure_of_its_own(told_at, own):
         (ended(0, -9, oom_killed=True), "host"),
         (ended(0, -9), None),
         (ended(0, -6, last_lines=("terminate called after 'std::bad_alloc'",)), "host"),
+        (ended(0, -6, last_lines=("[low_level_alloc.cc : 599] RAW: mmap error: 12",)), "host"),
+        (ended(0, -6, last_lines=("[low_level_alloc.cc : 599] RAW: mmap error: 1",)), None),
     ],
 )
 def test_out_of_memory_is_told_by_where(end, kind):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from launch import command
 from launch.spec import ConfigError
@@ -259,62 +258,3 @@ def kill_wait_seconds() -> float:
     done = command.run(["scontrol", "show", "config"], timeout_seconds=QUICK_SECONDS)
     found = re.search(r"^KillWait\s*=\s*(\d+)", done.out, re.MULTILINE)
     return float(found.group(1)) if found else 30.0
-
-
-class JobWatch:
-    """Asks SLURM for a job again and again, in a thread of its own: an answer may take long.
-
-    Attributes:
-      job: the newest answer; None before the first, or when SLURM knows the job no more.
-      gone: SLURM knows it no more.
-      silent_since: since when (monotonic) there was no answer; None while there are.
-    """
-
-    def __init__(
-        self,
-        job_id: str,
-        every_seconds: float = 5.0,
-        on_answer: Callable[[Job], None] = lambda _: None,
-    ):
-        self._id = job_id
-        self._every = every_seconds
-        self._on_answer = on_answer
-        self._wake = threading.Event()
-        self._end = False
-        self.job: Job | None = None
-        self.gone = False
-        self.silent_since: float | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    @property
-    def over(self) -> bool:
-        """Whether the job has certainly come to its end."""
-        return self.gone or (self.job is not None and not self.job.active)
-
-    def look_again(self) -> None:
-        """Ask soon."""
-        self._wake.set()
-
-    def close(self) -> None:
-        """Ask no more."""
-        self._end = True
-        self._wake.set()
-
-    def _run(self) -> None:
-        wait = self._every
-        while not self._end:
-            try:
-                found = job(self._id)
-            except UnavailableError:
-                self.silent_since = self.silent_since or time.monotonic()
-                wait = min(2 * wait, 60.0)
-            else:
-                wait, self.silent_since = self._every, None
-                if found is None:
-                    self.gone = True
-                    return
-                self.job = found
-                self._on_answer(found)
-            self._wake.wait(wait)
-            self._wake.clear()

@@ -15,8 +15,7 @@ from typing import Any
 
 from launch import command
 from launch.backends.host_plan import ROOT
-from launch.backends.slurm import client, probe, script
-from launch.backends.slurm.machines import agent_python, device_env, step_options
+from launch.backends.slurm import client, probe, script, step
 from launch.doctor import Finding, environment_findings, writable
 from launch.spec import Cluster, closest
 from launch.spec.slurm import seconds_of_limit
@@ -113,12 +112,12 @@ def _limits(cluster: Cluster, words: Mapping[str, str]) -> list[str]:
 def _nodes(cluster: Cluster, folder: Path, wait_seconds: float) -> Iterator[Finding]:
     """What a job of this shape finds on its nodes."""
     token = os.urandom(8).hex()
-    env = {**device_env(cluster), **dict(cluster.env)}
-    plan = {"token": token, "python": agent_python(cluster), "env": env}
+    env = {**step.device_env(cluster), **dict(cluster.env)}
+    plan = {"token": token, "python": step.agent_python(cluster), "env": env}
     (folder / probe.PLAN).write_text(json.dumps(plan))
     spec = script.JobSpec(folder, Path.cwd(), sys.executable, "muster:doctor", 60.0)
-    options = step_options(cluster, cluster.hosts, folder)
-    words = ["srun", *options, agent_python(cluster), "-c", _PROBE, str(ROOT), str(folder)]
+    options = step.options(cluster, cluster.hosts, folder)
+    words = ["srun", *options, step.agent_python(cluster), "-c", _PROBE, str(ROOT), str(folder)]
     file = folder / "job.sh"
     file.write_text(script.render(cluster, spec, words, minutes=_PROBE_MINUTES))
     test = command.run(["sbatch", "--test-only", str(file)], timeout_seconds=client.SUBMIT_SECONDS)

@@ -13,7 +13,8 @@ from typing import Any
 
 from launch import attach, contract, rundir, stop
 from launch.backends.slurm import jobs
-from launch.backends.slurm.client import Job, JobWatch, UnavailableError
+from launch.backends.slurm.client import Job, UnavailableError
+from launch.backends.slurm.job_watch import JobWatch
 from launch.console import Console, last_lines
 from launch.times import duration
 

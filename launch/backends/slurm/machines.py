@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,12 +14,12 @@ from typing import Any
 
 from launch import contract, rundir
 from launch.agent.processes import die_with_parent
-from launch.backends import host_plan
 from launch.backends.host_plan import AttemptSpec
 from launch.backends.local import reserve_port
-from launch.backends.slurm import client, container
-from launch.backends.slurm.client import Job, JobWatch
+from launch.backends.slurm import client, step
+from launch.backends.slurm.client import Job
 from launch.backends.slurm.door import Door
+from launch.backends.slurm.job_watch import JobWatch
 from launch.channel import Channel, RemoteChannel
 from launch.console import last_lines
 from launch.events import Event, HostLeaving, Interrupted, StopRequested
@@ -125,7 +124,7 @@ class SlurmMachines:
                 self._queued_since = None  # The next one waits for nothing.
             try:
                 self._srun = self._start_step(hosts, attempt, attempt.path / "door.json")
-                plans = render(self._cluster, self._program, spec)
+                plans = step.render(self._cluster, self._program, spec)
                 yield [(plan, channels[plan["host"]]) for plan in plans]
             finally:
                 door.close()
@@ -134,7 +133,7 @@ class SlurmMachines:
     def _start_step(
         self, hosts: Sequence[str], attempt: Attempt, door: Path
     ) -> subprocess.Popen[bytes]:
-        argv = step_command(self._cluster, hosts, door, self._run_dir.path)
+        argv = step.command(self._cluster, hosts, door, self._run_dir.path)
         log = os.open(attempt.path / "srun.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             return subprocess.Popen(
@@ -300,73 +299,3 @@ def _is(words: Mapping[str, str], states: Sequence[str]) -> bool:
     """Whether a node is in one of these states: `IDLE+DRAIN`, `DOWN*`."""
     now = words.get("State", "").replace("*", "+NOT_RESPONDING").split("+")
     return any(state.startswith(wanted) for state in now for wanted in states)
-
-
-def render(cluster: Cluster, program: Program, attempt: AttemptSpec) -> list[dict[str, Any]]:
-    """The plan of each node's agent, in order of nodes.
-
-    Args:
-      cluster: how many processes on a node, and how they are kept.
-      program: what every process runs.
-      attempt: where.
-    """
-
-    def process_env(process_id: int) -> dict[str, str]:
-        env = {**host_plan.gang_env(cluster, attempt, process_id), **device_env(cluster)}
-        if cluster.slurm.gpus is not None:
-            number = cluster.devices_per_process
-            first = process_id % cluster.processes_per_host * number
-            env["JAX_LOCAL_DEVICE_IDS"] = ",".join(str(first + i) for i in range(number))
-        return {**env, **cluster.env}
-
-    plans = host_plan.render(cluster, program, attempt, process_env)
-    for plan in plans:
-        plan["tells_signals"] = True
-        plan["complaints"] = str(rundir.agent_log_path(attempt.path, plan["host"]))
-    return plans
-
-
-def device_env(cluster: Cluster) -> dict[str, str]:
-    """What makes a process's devices what the cluster has."""
-    env = host_plan.cpu_env(cluster)
-    if cluster.slurm.gpus is not None:
-        # Every process sees all of its node's GPUs, so that they reach one another directly; which
-        # are its own is said by their numbers. Without a GPU it must fail, not go on without.
-        env["JAX_PLATFORMS"] = "cuda"
-        del env["NPROC"], env["GLIBC_TUNABLES"], env["JAX_LOCAL_DEVICE_IDS"]
-    return env
-
-
-def agent_python(cluster: Cluster) -> str:
-    """The interpreter on the nodes: this one, which they see too, or the container's."""
-    return sys.executable if cluster.slurm.container is None else cluster.slurm.container_python
-
-
-def step_command(cluster: Cluster, hosts: Sequence[str], door: Path, run_dir: Path) -> list[str]:
-    """The srun that brings an agent to each node.
-
-    Args:
-      cluster: the container, if there is one.
-      hosts: the nodes.
-      door: the file in which agents read where the controller is.
-      run_dir: the run directory.
-    """
-    agent = host_plan.agent_command(agent_python(cluster), str(door), "SLURMD_NODENAME")
-    options = [f"--nodelist={','.join(hosts)}", "--job-name=muster"]
-    return ["srun", *options, *step_options(cluster, len(hosts), run_dir), *agent]
-
-
-def step_options(cluster: Cluster, number: int, run_dir: Path) -> list[str]:
-    """Options of an srun that starts one task on each node, and what comes before the task's own
-    command."""
-    options, before = container.wrap(cluster.slurm, run_dir)
-    cpus = cluster.slurm.cpus_per_process
-    return [
-        *(f"--nodes={number}", f"--ntasks={number}", "--ntasks-per-node=1"),
-        # srun does not take it over from the job.
-        *([] if cpus is None else [f"--cpus-per-task={cpus * cluster.processes_per_host}"]),
-        "--kill-on-bad-exit=0",  # Who is guilty is not srun's to judge.
-        "--input=none",
-        *options,
-        *before,
-    ]

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from launch import attach, contract, rundir
 from launch.backends.host_plan import AttemptSpec
-from launch.backends.slurm import client, jobs, script, submission
+from launch.backends.slurm import client, jobs, script, step, submission
 from launch.backends.slurm.follow import follow
 from launch.backends.slurm.jobs import AskedJob
-from launch.backends.slurm.machines import render, step_command
 from launch.control import record_run
 from launch.ownership import InUseError, RunDir
 from launch.program import Program, without_secrets
@@ -145,10 +144,10 @@ def dry_run(request: Request) -> None:
     number = rundir.next_attempt(request.workdir)
     hosts = tuple(f"NODE{i}" for i in range(cluster.hosts))
     attempt = AttemptSpec(request.workdir, number, hosts, "NODE0:PORT")
-    step = step_command(cluster, hosts, attempt.path / "door.json", request.workdir)
+    argv = step.command(cluster, hosts, attempt.path / "door.json", request.workdir)
     print(f"\n# In the job, for attempt {number}: an agent on each node")
-    print(shlex.join(step))
-    for plan in render(cluster, request.program, attempt):
+    print(shlex.join(argv))
+    for plan in step.render(cluster, request.program, attempt):
         for process in plan["processes"]:
             print(f"# process {process['process_id']}/{cluster.num_processes} on {plan['host']}")
             env = without_secrets(process["env"])
