@@ -84,6 +84,7 @@ def initialize(
         source = "alone"
     else:
         source = _detect(timeout_seconds, liveness)
+    _check_platform()
     place = Place(jax.process_index(), jax.process_count(), source)
     if member is not None and member.devices_per_process is not None:
         _check_devices(member.devices_per_process)
@@ -194,6 +195,20 @@ def gang_hint(env: Mapping[str, str]) -> str | None:
         if value.isdigit() and int(value) > 1:
             return f"{name}={value}"
     return None
+
+
+def _check_platform() -> None:
+    """See that JAX can use the kind of devices that it was told to use, and no other."""
+    wanted = os.environ.get("JAX_PLATFORMS")
+    try:
+        jax.default_backend()
+    except (AssertionError, RuntimeError) as error:
+        if not wanted:
+            raise
+        why = " ".join(str(error).split()) or "nothing for it is installed"
+        host = os.environ.get(contract.HOST) or os.uname().nodename
+        rule = f"JAX finds no such devices on {host}: {why}; `muster doctor` looks at every node"
+        raise ConfigError("JAX_PLATFORMS", rule, wanted) from error
 
 
 def _check_devices(promised: int) -> None:

@@ -14,6 +14,7 @@ import time
 import pytest
 
 from launch import contract, rundir
+from launch.backends.slurm import client
 from tests.testing.gangs import wait_until
 from tests.testing.slurm import SlurmMuster
 
@@ -200,3 +201,37 @@ def _pid_of(muster: SlurmMuster, process_id: int) -> int:
             if wanted in file.read():
                 return pid
     raise AssertionError(f"process {process_id} is not there")
+
+
+def test_a_node_without_power_takes_the_controller_along_and_the_job_goes_on(slurm, muster):
+    started = muster.start(program=saver(60))
+    muster.wait_for_step(5)
+    slurm.cut_power("node1")
+    _, err = started.communicate(timeout=120)
+    assert started.returncode == contract.EXIT_DONE, err
+    assert muster.causes() == ["host_lost", "completed"]
+    first, second = muster.attempt(0), muster.attempt(1)
+    assert first["guilty_host"] == "node1"
+    assert "where the controller ran" in first["message"]
+    assert "node1" not in second["hosts"]
+    assert second["queued_since"] == first["ended_at"]
+
+
+def test_fewer_nodes_are_taken_where_the_config_allows_it(slurm, tmp_path):
+    options = ["-N2", "--exclusive", "-t10", "--output=/dev/null", "--nodelist=node[3-4]"]
+    slurm.command("sbatch", "--parsable", *options, "--wrap=sleep 600")
+    muster = SlurmMuster(tmp_path, hosts=4, hosts_min=2, processes_per_host=1)
+    done = muster.run("--process=all", program="import os; print(os.environ['MUSTER_HOST'])")
+    assert done.returncode == contract.EXIT_DONE, done.stderr
+    assert muster.attempt()["hosts"] == ["node1", "node2"]
+    assert sorted(done.stdout.splitlines()) == ["[process 0/2] node1", "[process 1/2] node2"]
+
+
+def test_a_job_that_slurmctld_has_forgotten_is_found_in_the_completion_log(slurm, muster):
+    done = muster.run("--cluster.restart.max_failures=0", program="raise SystemExit(3)")
+    assert done.returncode == contract.EXIT_FAILED
+    job_id = muster.job_id()
+    wait_until(lambda: client.ended(job_id), "the log")
+    (job,) = client.ended(job_id)
+    assert (job.state, job.exit_code, job.active) == ("FAILED", 1, False)
+    assert client.ended("99999") == []

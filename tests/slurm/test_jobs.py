@@ -354,3 +354,15 @@ def test_without_slurm_it_is_one_clear_line(tmp_path: Path):
     assert len(done.stderr.strip().splitlines()) == 1
     assert "no SLURM on this machine: sbatch is not on the PATH" in done.stderr
     assert not muster.workdir.exists()
+
+
+def test_dry_run_prints_the_script_and_every_process_and_submits_nothing(slurm, muster):
+    done = muster.run("--dry_run", "--cluster.env.API_KEY=hush", program="print('never')")
+    assert done.returncode == contract.EXIT_DONE, done.stderr
+    assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=run\n")
+    assert done.stdout.count("MUSTER_PROCESS_ID=") == 4
+    assert "srun --nodelist=NODE0,NODE1" in done.stdout
+    assert "API_KEY=***" in done.stdout
+    assert "hush" not in done.stdout
+    assert not muster.workdir.exists()
+    assert slurm.command("squeue", "-h") == ""

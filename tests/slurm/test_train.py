@@ -112,3 +112,12 @@ def test_a_node_with_fewer_devices_than_promised_is_named(slurm, tmp_path):
     assert (record["cause"], record["guilty_host"]) == ("config", "node2")
     assert "cluster.devices_per_process=2: but process 1 has 1 cpu device" in done.stderr
     assert slurm.job(muster.job_id())["Restarts"] == "0"
+
+
+def test_nodes_on_which_jax_finds_no_gpu_end_the_job_and_do_not_train_on_cpus(slurm, tmp_path):
+    muster = SlurmMuster(tmp_path, hosts=1, slurm={"gpus_per_node": 2})
+    done = muster.run(TINY)
+    assert done.returncode == contract.EXIT_CONFIG, done.stderr
+    assert "JAX_PLATFORMS='cuda': JAX finds no such devices on node1" in done.stderr
+    record = muster.attempt()
+    assert (record["cause"], record["guilty_host"]) == ("config", "node1")

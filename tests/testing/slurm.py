@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import rundir
+from launch.agent.processes import descendants
 from tests.testing.gangs import MusterCommand, wait_until
 
 # What each command needs of Debian's packages.
@@ -153,6 +154,16 @@ class Slurm:
         wait_until(lambda: not self.command("squeue", "-h").strip(), "the queue to be empty", 60.0)
         self.wait_for_nodes()
 
+    def cut_power(self, node: str) -> None:
+        """Kill a node's daemon and all that SLURM has started there, at once."""
+        daemon = self._daemons.pop(f"slurmd {node}")
+        ours = {"SLURM_CONF": str(self.conf), "SLURMD_NODENAME": node}.items()
+        steps = [pid for pid in _steps() if ours <= _environment(pid).items()]
+        for pid in [daemon.pid, *steps]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        daemon.wait()
+
     def suspend(self, daemon: str, stopped: bool = True) -> None:
         """Stop a daemon where it is, or let it go on."""
         self._daemons[daemon].send_signal(signal.SIGSTOP if stopped else signal.SIGCONT)
@@ -257,6 +268,32 @@ def running(root: Path) -> Iterator[Slurm]:
         yield slurm
     finally:
         slurm.tear_down()
+
+
+def _steps() -> list[int]:
+    """Step daemons of any SLURM here, and what is below them."""
+    roots = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if b"slurmstepd:" in (entry / "cmdline").read_bytes():
+                    roots.append(int(entry.name))
+    return roots + [pid for root in roots for pid in descendants(root)]
+
+
+def _environment(pid: int) -> dict[str, str]:
+    """A process's environment; of a step daemon, that of its first task."""
+    try:
+        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    pairs = [word.decode(errors="replace").partition("=") for word in words]
+    found = {name: value for name, _, value in pairs}
+    if "SLURMD_NODENAME" not in found:
+        below = descendants(pid)
+        if below and below[0] != pid:
+            return _environment(below[0])
+    return found
 
 
 def _wait_for(condition, what: str) -> None:

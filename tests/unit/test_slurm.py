@@ -222,6 +222,12 @@ def test_states_of_nodes_are_told_apart(state, down, leaving):
     assert machines._is(words, machines._LEAVING) is leaving
 
 
+def test_a_long_save_is_given_its_time_before_the_limit():
+    assert machines.needed_seconds(120.0, 0.0, 30.0) == 120.0
+    assert machines.needed_seconds(120.0, 20.0, 30.0) == 120.0
+    assert machines.needed_seconds(120.0, 200.0, 30.0) == 430.0
+
+
 def envs(**cluster) -> list[dict[str, str]]:
     spec = cluster_spec({"backend": "slurm", "hosts": 2, **cluster})
     attempt = host_plan.AttemptSpec(Path("/runs/one"), 0, ("n1", "n2"), "10.0.0.1:4242")

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from launch import command
 from launch.spec import ConfigError
@@ -90,14 +90,19 @@ def check_installed() -> None:
             )
 
 
-def submit(script: str) -> str:
+def submit(script: str, env: Mapping[str, str]) -> str:
     """Submit a batch script; the job's id.
+
+    Args:
+      script: its path.
+      env: what the job inherits over this process's own environment.
 
     Raises:
       ConfigError: SLURM refuses it; the text says why.
       UnavailableError: no answer; whether it was taken is not known.
     """
-    done = command.run(["sbatch", "--parsable", script], timeout_seconds=SUBMIT_SECONDS)
+    argv = ["sbatch", "--parsable", script]
+    done = command.run(argv, timeout_seconds=SUBMIT_SECONDS, env=env)
     if done.ok:
         # With several clusters: `ID;CLUSTER`.
         return done.out.strip().splitlines()[-1].partition(";")[0]
@@ -147,9 +152,23 @@ def job(job_id: str, timeout_seconds: float = QUICK_SECONDS) -> Job | None:
     Raises:
       UnavailableError: no answer.
     """
-    found = jobs(job_id, timeout_seconds)
+    found = jobs(job_id, timeout_seconds) or ended(job_id)
     running = [one for one in found if one.state != "PENDING" and one.active]
     return next(iter(running + [one for one in found if one.active] + found), None)
+
+
+def ended(job_id: str) -> list[Job]:
+    """A job that slurmctld has forgotten, from its accounting or its completion log; [] where the
+    site keeps neither, or this user may not read it."""
+    for source in ([], ["--completion"]):
+        argv = ["sacct", *source, f"--jobs={job_id}", "--parsable2", "--noheader"]
+        done = command.run([*argv, "--format=State,ExitCode"], timeout_seconds=QUICK_SECONDS)
+        lines = done.out.split("\n") if done.ok else []
+        words = [line.split("|") for line in lines if "|" in line]
+        if words:  # The newest start of the job is the last; `CANCELLED by 1000`.
+            state, code = words[-1][0].split()[0], words[-1][1]
+            return [parse_job(f"JobId={job_id} JobState={state} ExitCode={code}")]
+    return []
 
 
 def parse_job(line: str) -> Job:

@@ -174,6 +174,11 @@ class _Follower:
             return contract.EXIT_RESUMABLE
         reason = f" ({job.reason})" if job and job.reason else ""
         self.say(f"muster: error: job {self.job_id} has ended: {state}{reason}")
+        if job and job.reason == "JobLaunchFailure":
+            self.say(
+                f"muster: the nodes must see {self.run_dir} and the program; `muster doctor "
+                f"--cluster=... --workdir={self.run_dir}` tries them"
+            )
         log = self.run_dir / contract.CONTROLLER_LOG
         lines = last_lines(log, _SHOWN_LINES)
         if lines:

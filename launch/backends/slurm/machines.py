@@ -212,12 +212,13 @@ class SlurmMachines:
 
     def _needed_seconds(self) -> float:
         """How long before the time limit the gang is asked to leave."""
-        least = self._cluster.slurm.warning_seconds
         report = rundir.read_record(self._progress) if self._progress else None
         saved = (report or {}).get("save_seconds")
-        if not isinstance(saved, int | float):
-            return least
-        return max(least, _SAVES * saved + self._kill_wait_seconds)
+        return needed_seconds(
+            self._cluster.slurm.warning_seconds,
+            saved if isinstance(saved, int | float) else 0.0,
+            self._kill_wait_seconds,
+        )
 
     def _explain(self, batch: bool) -> list[Event]:
         """Find out who wants the gang to end.
@@ -293,6 +294,17 @@ class SlurmMachines:
     def close(self) -> None:
         """Ask SLURM no more."""
         self._watch.close()
+
+
+def needed_seconds(least: float, saved: float, kill_wait: float) -> float:
+    """How long before the time limit a gang is asked to save and leave.
+
+    Args:
+      least: what the config asks for, seconds.
+      saved: how long the last save took; 0 where none is known.
+      kill_wait: kept free for the records and for what is slow to leave.
+    """
+    return max(least, _SAVES * saved + kill_wait if saved else 0.0)
 
 
 def _is(words: Mapping[str, str], states: Sequence[str]) -> bool:

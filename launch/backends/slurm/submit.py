@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from launch import attach, contract, rundir
@@ -15,7 +15,7 @@ from launch.backends.slurm.follow import follow
 from launch.backends.slurm.jobs import AskedJob
 from launch.control import record_run
 from launch.ownership import InUseError, RunDir
-from launch.program import Program, without_secrets
+from launch.program import Program, is_secret, without_secrets
 from launch.request import Request, run_record
 from launch.spec import Cluster, ConfigError
 
@@ -76,9 +76,9 @@ def _find_or_submit(request: Request, run_dir: RunDir) -> tuple[str, bool]:
     contract.write_atomically(path, script.render(request.cluster, spec), mode=0o600)
     # Written before it is asked for: whatever happens to us now, the job can be found again.
     jobs.write_job(run_dir.path, asked)
-    os.environ.update({name: str(value) for name, value in request.cluster.env.items()})
+    secrets = {name: value for name, value in request.cluster.env.items() if is_secret(name)}
     try:
-        asked.job_id = _submit(path, asked)
+        asked.job_id = _submit(path, asked, secrets)
     except ConfigError:
         asked.end = "refused"
         raise
@@ -103,12 +103,13 @@ def _job_spec(cluster: Cluster, run: Path, comment: str) -> script.JobSpec:
     return script.JobSpec(run, Path.cwd(), sys.executable, comment, warning)
 
 
-def _submit(path: Path, asked: AskedJob) -> str:
-    """Submit the script; an answer that does not come is waited for, and never given twice."""
+def _submit(path: Path, asked: AskedJob, env: Mapping[str, str]) -> str:
+    """Submit the script; an answer that does not come is waited for, and nothing is submitted
+    twice. The job inherits `env`."""
     limit = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
-            return client.submit(str(path))
+            return client.submit(str(path), env)
         except client.UnavailableError as error:
             _say(f"muster: SLURM gives no answer, trying again: {error}")
             while time.monotonic() < limit:
