@@ -33,9 +33,9 @@ class Log:
         # Whole blocks, and not the last: so much can be cut from a file's beginning at once.
         block = os.fstatvfs(self.fd).f_bsize
         length = (size - 1) // block * block
-        newest = self._keep(length)
+        self._keep(0, length)
         if not _collapse(self.fd, length):
-            length = self._copy_and_truncate(newest, length)
+            length = self._copy_and_truncate(length)
         self._start += length
 
     def last_lines(self):
@@ -52,22 +52,21 @@ class Log:
         """Give the file back."""
         os.close(self.fd)
 
-    def _keep(self, length):
-        """Copy what is kept of the live file's first `length` bytes; the newest segment's name."""
-        behind, newest = 0, self._previous or self.path + ".0"
-        if self._start == 0:
-            behind = min(length, self._segment_bytes)
+    def _keep(self, begin, end):
+        """Copy what is kept of these bytes of the live file."""
+        behind = begin
+        if self._start + begin == 0:
+            behind = min(end, self._segment_bytes)
             self._copy(self.path + ".0", 0, behind)
-        first = max(behind, length - self._segment_bytes)
-        if first < length:
+        first = max(behind, end - self._segment_bytes)
+        if first < end:
             newest = "%s.%d" % (self.path, self._start + first)
-            self._copy(newest, first, length)
+            self._copy(newest, first, end)
             self.dropped += first - behind
             if self._previous:
                 self.dropped += os.path.getsize(self._previous)
                 os.unlink(self._previous)
             self._previous = newest
-        return newest
 
     def _copy(self, path, first, last):
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
@@ -78,14 +77,19 @@ class Log:
                 file.write(data)
                 first += len(data)
 
-    def _copy_and_truncate(self, newest, length):
+    def _copy_and_truncate(self, length):
         """Where a file cannot be cut in front; what is written in the very moment is lost."""
         while True:
             size = os.fstat(self.fd).st_size
             if size <= length:
                 os.ftruncate(self.fd, 0)
                 return length
-            self._copy(newest, length, size)
+            # Written meanwhile. Whoever writes much must not make the newest segment grow for ever.
+            newest = self._previous or self.path + ".0"
+            if os.path.getsize(newest) + size - length <= 1.5 * self._segment_bytes:
+                self._copy(newest, length, size)
+            else:
+                self._keep(length, size)
             length = size
 
 
