@@ -24,6 +24,7 @@ from launch.events import (
     Event,
     Finish,
     GangGone,
+    Interrupted,
     Kill,
     Requeue,
     Retry,
@@ -231,6 +232,8 @@ class Controller:
     # ------------------------------------------------------------------ what the supervisor wants
 
     def _handle(self, event: Event) -> None:
+        if isinstance(event, Interrupted) and self._attempt is not None:
+            self._attempt.note(event)
         for action in self._supervisor.handle(event, time.monotonic()):
             self._act(action, event)
 

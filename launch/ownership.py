@@ -13,7 +13,7 @@ from typing import Any
 
 from launch import contract, rundir
 from launch.contract import utc
-from launch.events import Retry, Verdict
+from launch.events import Interrupted, Retry, Verdict
 from launch.spec import ConfigError
 
 
@@ -175,9 +175,15 @@ class Attempt:
         self._record.update(fields)
         rundir.write_private(self.path / rundir.ATTEMPT_RECORD, self._record)
 
+    def note(self, event: Interrupted) -> None:
+        """Record why it is to end, in case that nobody is left to record its end."""
+        notice = {"cause": event.cause, "message": event.message, "guilty_host": event.host}
+        self.write(notice=notice)
+
     def close(self, verdict: Verdict, retry: Retry, guilty_step: int | None = None) -> None:
         """Record the end."""
         failure = verdict.failure
+        self._record.pop("notice", None)
         self.write(
             cause=verdict.cause,
             exit_code=verdict.exit_code,

@@ -19,7 +19,6 @@ KILLED = "killed"  # Nobody does, and there is no end on record.
 QUEUED = "queued"  # A job of it waits for machines.
 SILENT = "silent"  # It ran on another host; from here one cannot see whether it still does.
 
-
 # How a run stands that never came so far as to have an attempt, by the end of its job.
 _OF_A_JOB = {"CANCELLED": "stopped", "refused": "config"}
 
@@ -82,7 +81,7 @@ def standing(run: Path, now: float | None = None) -> Standing:
     ended = None
     asked = jobs.open_job(run)
     # Its end may be on record before SLURM has cleared up behind it.
-    if asked is not None and not (_is_final(last) and asked.job_id in _ids(last)):
+    if asked is not None and not (_is_final(last) and [asked.job_id] == _ids(last)):
         try:
             found = jobs.settle(run)
         except (client.UnavailableError, OSError):
@@ -120,7 +119,9 @@ def _ids(attempt: Mapping[str, Any] | None) -> list[str]:
 def _final_cause(run: Path, last: Mapping[str, Any] | None) -> str | None:
     """The cause with which a run ended that nobody holds; None if it was not brought to an end."""
     if not last or not last.get("cause"):
-        return None
+        # What its controller knew of its end, and was killed before it could bring about.
+        told = ((last or {}).get("notice") or {}).get("cause")
+        return str(told) if told else None
     if _is_final(last):
         return str(last["cause"])
     # Another attempt was to follow. Did the user not want it any more, or was the launcher killed?

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -296,7 +297,7 @@ def test_a_chain_of_jobs_goes_on_where_the_one_before_stopped(slurm, tmp_path):
         hosts=1,
         processes_per_host=1,
         restart={"max_failures": 0},
-        slurm={"array": "0-2%1", "dependency": "singleton"},
+        slurm={"array": "0-5%1", "dependency": "singleton"},
     )
     program = """
         import os, pathlib, sys
@@ -305,9 +306,15 @@ def test_a_chain_of_jobs_goes_on_where_the_one_before_stopped(slurm, tmp_path):
         saved.write_text(str(step))
         sys.exit(0 if step >= 3 else 75)
     """
-    muster.run("--detach", program=program)
-    wait_until(lambda: muster.attempts_closed() == 3, "three attempts")
+    done = muster.run(program=program)
+    assert done.returncode == contract.EXIT_DONE, done.stderr
     assert muster.causes() == ["preempted", "preempted", "completed"]
+    # What was left of the chain has nothing to go on with.
+    wait_until(lambda: slurm.command("squeue", "-h") == "", "the rest to be cancelled")
+    time.sleep(1.0)
+    assert len(rundir.attempt_numbers(muster.workdir)) == 3
+    report = json.loads(muster.other("status", str(muster.workdir), "--json").stdout)
+    assert report["state"] == "completed"
 
 
 def test_doctor_tries_the_nodes_and_says_what_is_wrong(slurm, tmp_path):

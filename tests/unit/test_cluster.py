@@ -14,6 +14,23 @@ def test_the_shipped_local_cluster_is_two_processes_of_four_devices():
 
 
 @pytest.mark.parametrize(
+    ("name", "processes", "gpus"), [("slurm_cpu", 4, None), ("slurm_gpu", 16, 8)]
+)
+def test_the_slurm_configs_can_be_used_and_overridden_as_they_are(name, processes, gpus):
+    flags = [f"--cluster=configs/cluster/{name}.py", "--cluster.slurm.partition=batch"]
+    flags += ["--cluster.slurm.exclusive=true", "--cluster.slurm.mem=64G"]
+    cluster = cluster_spec(load_config("cluster", flags).config)
+    assert (cluster.backend, cluster.num_processes, cluster.slurm.gpus) == (
+        "slurm",
+        processes,
+        gpus,
+    )
+    assert (cluster.slurm.partition, cluster.slurm.mem) == ("batch", "64G")
+    assert cluster.slurm.exclusive
+    assert cluster.restart.max_preemptions > 0
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"backend": "locl"}, "cluster.backend='locl': did you mean 'local'?"),

@@ -17,13 +17,14 @@ from launch.backends import host_plan
 from launch.backends.slurm import allocation, client, machines, script, step, submission
 from launch.backends.slurm.hostlist import expand
 from launch.backends.slurm.job_watch import JobWatch
-from launch.events import Retry, Verdict
+from launch.events import Interrupted, Retry, Verdict
 from launch.ownership import RunDir
 from launch.program import Program
 from launch.request import Request
 from launch.spec import ConfigError, cluster_spec, load_config
 from launch.spec.fields import plain
 from launch.spec.slurm import seconds_of_limit
+from launch.standing import standing
 from tests.testing.gangs import ROOT
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -360,6 +361,22 @@ def test_what_nobody_could_bring_to_an_end_is_a_lost_host(tmp_path):
     record = rundir.attempt_record(run_dir.path, 0)
     assert (record["cause"], record["guilty_host"]) == ("host_lost", "n3")
     assert record["retry"]["again"]
+    run_dir.release()
+
+
+def test_what_the_controller_knew_before_it_was_killed_is_believed(tmp_path):
+    run_dir = RunDir(tmp_path / "run")
+    attempt = run_dir.new_attempt(["n3", "n4"], 1, ["5"])
+    attempt.note(Interrupted("preempted", "job 5 is preempted", 1.0))
+    assert standing(run_dir.path).state == "running"  # We hold it.
+    run_dir.release()
+    assert standing(run_dir.path).state == "preempted"
+    run_dir = RunDir(tmp_path / "run")
+    allocation._close_abandoned(run_dir, "5")
+    record = rundir.attempt_record(run_dir.path, 0)
+    assert (record["cause"], record["message"]) == ("preempted", "job 5 is preempted")
+    assert record["guilty_host"] is None
+    assert "notice" not in record
     run_dir.release()
 
 

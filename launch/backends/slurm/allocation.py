@@ -53,7 +53,14 @@ def _run(workdir: Path) -> int:
     )
     code = controller.run()
     machines.close()
+    displaced = machines.displaced
     run_dir.release()
+    if displaced:
+        return code  # Whoever took the run over is the one to go on.
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array and code != contract.EXIT_RESUMABLE:
+        # The rest of the chain has nothing to go on with.
+        _ask_until_answered(lambda: client.cancel_pending(array))
     if controller.requeue is not None:
         _requeue(request, job_id, controller.requeue, machines)
     elif machines.taken_away:
@@ -73,7 +80,7 @@ def _take(workdir: Path, lease_seconds: float) -> RunDir:
         except InUseError:
             if time.monotonic() > limit:
                 raise
-            time.sleep(0.5)
+            time.sleep(0.1)
     # Where locks are not seen across machines: whoever writes this file is alive.
     said = live.read(workdir)
     while (

@@ -229,6 +229,18 @@ def cancel(job_id: str) -> None:
         raise UnavailableError(done.last_word)
 
 
+def cancel_pending(job_id: str) -> None:
+    """Cancel what of an array has not started yet.
+
+    Raises:
+      UnavailableError: no answer.
+    """
+    argv = ["scancel", "--state=PENDING", job_id]
+    done = command.run(argv, timeout_seconds=QUICK_SECONDS)
+    if not done.ok and _UNKNOWN_JOB not in done.err:
+        raise UnavailableError(done.last_word)
+
+
 def requeue(job_id: str) -> command.Done:
     """Put this very job back into the queue."""
     return command.run(["scontrol", "requeue", job_id], timeout_seconds=QUICK_SECONDS)

@@ -91,13 +91,22 @@ class _Follower:
             path = rundir.attempt_path(self.run_dir, number)
             if record.get("cause"):
                 attach.tell_end(record, path)
-            if not record.get("cause") or not (record.get("retry") or {}).get("again"):
+            if not self._goes_on_after(record):
                 break
             number += 1
         self._wait_for_end()
         if record.get("cause") and not (record.get("retry") or {}).get("again"):
+            # Of an array, what the last of its jobs has said.
             return int(record.get("exit_code", contract.EXIT_FAILED))
         return self._tell_job()
+
+    def _goes_on_after(self, record: Mapping[str, Any]) -> bool:
+        """Whether another attempt may follow, of this job or of the next one of its array."""
+        if not record.get("cause"):
+            return False
+        resumable = record.get("exit_code") == contract.EXIT_RESUMABLE
+        chained = resumable and record["cause"] != "stopped" and len(record["backend_ids"]) > 1
+        return chained or bool((record.get("retry") or {}).get("again"))
 
     def _wait_for(self, number: int) -> bool:
         """Wait for an attempt; False when there will be none."""

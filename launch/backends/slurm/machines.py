@@ -26,7 +26,7 @@ from launch.events import Event, HostLeaving, Interrupted, StopRequested
 from launch.gang import Gang
 from launch.ownership import Attempt, RunDir
 from launch.program import Program
-from launch.spec import Cluster
+from launch.spec import Cluster, ConfigError
 
 _ASK_SECONDS = 5.0  # Between two looks at the job.
 _STEP_END_SECONDS = 10.0  # How long srun may take to see that its agents have ended.
@@ -65,7 +65,8 @@ class SlurmMachines:
         self.processes_per_host = cluster.processes_per_host
         self.lease_seconds = cluster.lease_seconds
         self.come_seconds = cluster.watch.start_seconds
-        self.backend_ids: tuple[str, ...] = (job_id,)
+        array = os.environ.get("SLURM_ARRAY_JOB_ID")
+        self.backend_ids: tuple[str, ...] = (job_id, array) if array else (job_id,)
         self._cluster = cluster
         self._program = program
         self._run_dir = run_dir
@@ -84,26 +85,32 @@ class SlurmMachines:
         self._progress: Path | None = None
 
     @property
-    def job(self) -> Job | None:
-        """What SLURM said last of this job."""
-        return self._watch.job
-
-    @property
     def taken_away(self) -> bool:
         """Whether SLURM itself has ended this start of the job."""
         job = self._watch.job
         return self._watch.gone or (job is not None and self._lost(job))
 
+    @property
+    def displaced(self) -> bool:
+        """Whether somebody else holds the run by now."""
+        return self._owner != rundir.last_owner(self._run_dir.path)
+
     def _lost(self, job: Job) -> bool:
         return job.restarts > self._restarts or job.state not in ("RUNNING", "CONFIGURING")
 
     def _find_address(self) -> str:
-        """This node's address, as SLURM itself uses it."""
+        """This node's address: the one that SLURM itself uses, if it is the node's own."""
         node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
-        name = node  # It is what most sites resolve.
+        names = [node, os.uname().nodename]
         with suppress(client.UnavailableError, KeyError):
-            name = client.nodes(node)[node]["NodeAddr"]
-        return socket.gethostbyname(name)
+            names.insert(0, client.nodes(node)[node]["NodeAddr"])
+        for name in names:
+            with suppress(OSError):
+                address = socket.gethostbyname(name)
+                reserve_port(address).close()
+                return address
+        rule = f"none of {', '.join(names)} is an address of this node; SLURM's NodeAddr should be"
+        raise ConfigError("", rule)
 
     # ------------------------------------------------------------------ the agents
 
@@ -195,7 +202,7 @@ class SlurmMachines:
 
     def _look(self) -> list[Event]:
         """What the last answer of SLURM's asks for."""
-        if self._owner != rundir.last_owner(self._run_dir.path):
+        if self.displaced:
             return self._interrupt("host_lost", "another job has taken this run over", 0.0)
         job = self._watch.job
         if job is None:
@@ -212,13 +219,9 @@ class SlurmMachines:
 
     def _needed_seconds(self) -> float:
         """How long before the time limit the gang is asked to leave."""
-        report = rundir.read_record(self._progress) if self._progress else None
-        saved = (report or {}).get("save_seconds")
-        return needed_seconds(
-            self._cluster.slurm.warning_seconds,
-            saved if isinstance(saved, int | float) else 0.0,
-            self._kill_wait_seconds,
-        )
+        saved = save_seconds(self._progress) if self._progress else 0.0
+        least = self._cluster.slurm.warning_seconds
+        return needed_seconds(least, saved, self._kill_wait_seconds)
 
     def _explain(self, batch: bool) -> list[Event]:
         """Find out who wants the gang to end.
@@ -257,10 +260,11 @@ class SlurmMachines:
     def _ask(self) -> Job | None:
         """What SLURM says of the job now. The signal goes to every process of the job, and so it
         may end the very command that asks: it is asked again."""
-        limit = time.monotonic() + self._kill_wait_seconds / 2
+        patience = min(self._kill_wait_seconds / 2, self.lease_seconds / 3)  # Leases wait for it.
+        limit = time.monotonic() + patience
         while True:
             try:
-                return client.job(self._job_id, timeout_seconds=self._kill_wait_seconds / 2)
+                return client.job(self._job_id, timeout_seconds=patience)
             except client.UnavailableError:
                 if time.monotonic() > limit:
                     raise
@@ -294,6 +298,12 @@ class SlurmMachines:
     def close(self) -> None:
         """Ask SLURM no more."""
         self._watch.close()
+
+
+def save_seconds(progress: Path) -> float:
+    """How long the last save took, by a process's progress file; 0 where it does not say."""
+    saved = (rundir.read_record(progress) or {}).get("save_seconds")
+    return float(saved) if isinstance(saved, int | float) else 0.0
 
 
 def needed_seconds(least: float, saved: float, kill_wait: float) -> float:

@@ -15,6 +15,7 @@ _CONTROLLER = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from launch.backends.slurm.allocation import main; main(sys.argv[2])"
 )
+_MOST_AHEAD_SECONDS = 65535  # SLURM takes no more.
 _TICK_SECONDS = 30  # SLURM looks at its clock that often before it warns.
 
 
@@ -101,7 +102,7 @@ def _options(cluster: Cluster, job: JobSpec) -> Iterable[tuple[str, str]]:
     if slurm.exclusive:
         yield "--exclusive", ""
     yield "--requeue" if slurm.requeue else "--no-requeue", ""
-    ahead = max(1, round(job.warning_seconds)) + _TICK_SECONDS
+    ahead = min(max(1, round(job.warning_seconds)) + _TICK_SECONDS, _MOST_AHEAD_SECONDS)
     yield f"--signal=B:USR2@{ahead}", "SLURM's own warning; not USR1, which NCCL uses"
     for directive in slurm.directives:
         yield directive, ""

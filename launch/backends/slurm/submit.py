@@ -13,6 +13,7 @@ from launch.backends.host_plan import AttemptSpec
 from launch.backends.slurm import client, jobs, script, step, submission
 from launch.backends.slurm.follow import follow
 from launch.backends.slurm.jobs import AskedJob
+from launch.backends.slurm.machines import needed_seconds, save_seconds
 from launch.control import record_run
 from launch.ownership import InUseError, RunDir
 from launch.program import Program, is_secret, without_secrets
@@ -21,7 +22,6 @@ from launch.spec import Cluster, ConfigError
 
 _SCRIPT = "job.sh"  # In the run directory; SLURM keeps a copy.
 _PATIENCE_SECONDS = 120.0  # How long a slurmctld that gives no answer is waited for.
-_SAVES = 2.0  # See launch.backends.slurm.machines.
 
 
 def run(request: Request, detached: bool) -> int:
@@ -93,13 +93,9 @@ def _find_or_submit(request: Request, run_dir: RunDir) -> tuple[str, bool]:
 
 
 def _job_spec(cluster: Cluster, run: Path, comment: str) -> script.JobSpec:
-    warning = cluster.slurm.warning_seconds
-    furthest = rundir.next_attempt(run) - 1
-    if furthest >= 0:
-        progress = rundir.progress_path(rundir.attempt_path(run, furthest), 0)
-        saved = (rundir.read_record(progress) or {}).get("save_seconds")
-        if isinstance(saved, int | float):
-            warning = max(warning, _SAVES * saved)
+    newest = rundir.attempt_path(run, max(rundir.next_attempt(run) - 1, 0))
+    saved = save_seconds(rundir.progress_path(newest, 0))
+    warning = needed_seconds(cluster.slurm.warning_seconds, saved, 0.0)
     return script.JobSpec(run, Path.cwd(), sys.executable, comment, warning)
 
 
