@@ -138,22 +138,31 @@ def test_a_listener_that_has_not_the_key_gets_no_proof_of_it(tmp_path):
         assert b"is not the owner" in err
 
 
+def knock(where: dict, host: str, key: str, role: str = "agent") -> socket.socket:
+    """Come to the door with a key."""
+    connection = socket.create_connection((where["address"], where["port"]))
+    mine = connect.nonce()
+    connect.send(connection, host=host, nonce=mine)
+    theirs = connect.receive(connection)["nonce"]
+    connect.send(connection, proof=connect.proof(key, role, theirs, mine))
+    connection.settimeout(PATIENCE_SECONDS)
+    return connection
+
+
+def test_who_knows_how_to_greet_and_has_not_the_key_is_not_let_in(door, channels):
+    where = json.loads(door.read_text())
+    for key, role in ((connect.new_key(), "agent"), (where["key"], "owner")):
+        with knock(where, "n1", key, role) as stranger:
+            assert stranger.recv(1) == b""
+    assert channels["n1"].fd is None
+
+
 def test_a_host_comes_once_and_an_unknown_one_never(door, channels):
     where = json.loads(door.read_text())
-
-    def knock(host: str) -> socket.socket:
-        connection = socket.create_connection((where["address"], where["port"]))
-        mine = connect.nonce()
-        connect.send(connection, host=host, nonce=mine)
-        theirs = connect.receive(connection)["nonce"]
-        connect.send(connection, proof=connect.proof(where["key"], "agent", theirs, mine))
-        connection.settimeout(PATIENCE_SECONDS)
-        return connection
-
-    first = knock("n1")
+    first = knock(where, "n1", where["key"])
     wait_for(channels["n1"])
     for host in ("n1", "n9"):
-        with knock(host) as other:
+        with knock(where, host, where["key"]) as other:
             assert other.recv(1) == b""
     channels["n1"].write(b"for the first\n")
     assert first.recv(64) == b"for the first\n"

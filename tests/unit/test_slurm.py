@@ -94,6 +94,7 @@ def test_the_batch_script_is_the_recorded_one_and_bash_can_read_it(name):
         ({"gpu_type": "h100"}, "needs gpus_per_node"),
         ({"gres": "gpu:2", "gpus_per_node": 2}, "asks for GPUs, and so does gpus_per_node=2"),
         ({"directives": ("--time=1",)}, "has a field of its own: slurm.time"),
+        ({"directives": ("--gpus-per-node=9",)}, "has a field of its own: slurm.gpus_per_node"),
         ({"directives": ("--output=x",)}, "is Muster's own to say"),
         ({"directives": ("-N 3",)}, "must be a long option of sbatch"),
         ({"directives": ("--x=1\n#SBATCH --uid=0",)}, "must be one line"),
