@@ -20,14 +20,14 @@ _DOOR = "door.json"  # From the first node.
 _IMPORT_SECONDS = 120.0
 _MEET_SECONDS = 60.0
 _LOOK = """
-import importlib.metadata, json, sys
+import importlib, importlib.metadata, json, sys
 versions = {}
 for name in %r:
     try:
         versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         versions[name] = None
-import jax
+jax = importlib.import_module("jax")
 devices = [str(device) for device in jax.local_devices()]
 print(json.dumps({"versions": versions, "devices": devices, "python": sys.version.split()[0]}))
 """
