@@ -188,6 +188,7 @@ def _job_report(run: Path, stands: Standing) -> dict[str, Any] | None:
         "id": asked[-1].job_id,
         "state": job.state if job else asked[-1].end,
         "reason": job.reason if job else None,
+        "why_pending": job.why_pending if job else None,
         "partition": job.partition if job else None,
         "expected_start": None if start_at is None else utc(start_at),
         "restarts": job.restarts if job else None,

@@ -52,7 +52,7 @@ def _header(report: Mapping[str, Any], now: float, width: int) -> list[str]:
         rows["code"] = f"commit {str(code.get('commit'))[:12]}{dirty}"
     if report["cluster"]:
         rows["cluster"] = cluster_in_words(report["cluster"])
-    if report["job"] and report["state"] != QUEUED:
+    if (report["job"] or {}).get("id") and report["state"] != QUEUED:
         rows["job"] = f"SLURM job {report['job']['id']}"
     owner = report["owner"]
     if owner:
@@ -108,7 +108,7 @@ def job_in_words(job: Mapping[str, Any], now: float) -> str:
         return f"queued as SLURM job {job.get('id')}; SLURM gives no answer now"
     if job["state"] != "PENDING":
         return f"SLURM job {job['id']} is {job['state'].lower()}"
-    words = f"queued as SLURM job {job['id']}: {job['reason'] or 'no reason given'}"
+    words = f"queued as SLURM job {job['id']}: {job['why_pending']}"
     start_at = seconds_of(job["expected_start"])
     if start_at is not None and start_at > now:
         words += f", expected to start in {rough(start_at - now)}"

@@ -291,6 +291,18 @@ def test_what_slurm_refuses_is_one_line_and_exit_code_2(slurm, tmp_path, section
     assert says in lines[0]
 
 
+def test_a_job_that_can_never_start_says_so_and_ctrl_c_cancels_it(slurm, tmp_path):
+    muster = SlurmMuster(tmp_path, slurm={"time": "02:00:00"})  # The partition allows one hour.
+    started = muster.start(program="print('never')")
+    wait_until(lambda: "with which it never starts" in started.stderr.readline(), "the warning")
+    assert "with which it never starts" in muster.other("status", str(muster.workdir)).stdout
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate(timeout=30)
+    assert started.returncode == contract.EXIT_RESUMABLE
+    assert "was cancelled" in err
+    assert slurm.job(muster.job_id())["JobState"] == "CANCELLED"
+
+
 def test_a_chain_of_jobs_goes_on_where_the_one_before_stopped(slurm, tmp_path):
     muster = SlurmMuster(
         tmp_path,
@@ -361,6 +373,25 @@ def test_without_slurm_it_is_one_clear_line(tmp_path: Path):
     assert len(done.stderr.strip().splitlines()) == 1
     assert "no SLURM on this machine: sbatch is not on the PATH" in done.stderr
     assert not muster.workdir.exists()
+
+
+@pytest.mark.skipif(Path("/etc/slurm/slurm.conf").exists(), reason="this machine has a SLURM")
+def test_a_slurm_without_a_configuration_is_one_clear_line(slurm, tmp_path):
+    muster = SlurmMuster(tmp_path)
+    done = subprocess.run(
+        muster.command(program="print('never')"),
+        cwd=tmp_path,
+        env={name: v for name, v in environment().items() if name != "SLURM_CONF"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == contract.EXIT_CONFIG
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "finds no configuration" in done.stderr
+    text = muster.other("status", str(muster.workdir)).stdout
+    assert "SLURM job" not in text
 
 
 def test_dry_run_prints_the_script_and_every_process_and_submits_nothing(slurm, muster):

@@ -25,6 +25,15 @@ ACTIVE: tuple[str, ...] = (
     "RESIZING",
 )
 ACTIVE += ("SIGNALING", "STAGE_OUT", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+# Reasons of a pending job that no time will change, only another request or an administrator.
+_STUCK: tuple[str, ...] = (
+    "PartitionTimeLimit",
+    "PartitionNodeLimit",
+    "PartitionConfig",
+    "BadConstraints",
+)
+_STUCK += ("DependencyNeverSatisfied", "InvalidAccount", "InvalidQOS", "AccountNotAllowed")
+_STUCK += ("QOSNotAllowed", "QOSTimeLimit", "QOSMaxWallDurationPerJobLimit")
 _UNKNOWN_JOB = "Invalid job id specified"
 # What sbatch says when the request itself is wrong, and no other time will do.
 _MOMENTARY = re.compile(
@@ -73,6 +82,13 @@ class Job:
         """Whether it runs or may yet run."""
         return self.state in ACTIVE
 
+    @property
+    def why_pending(self) -> str:
+        """Why it waits, in words; and that it does so in vain, if that is certain."""
+        if self.reason in _STUCK:
+            return f"{self.reason}, with which it never starts; `muster doctor` says what to change"
+        return self.reason or "SLURM has not looked at it yet"
+
 
 class UnavailableError(Exception):
     """SLURM gave no answer; later it may."""
@@ -109,6 +125,11 @@ def submit(script: str, env: Mapping[str, str]) -> str:
     said = "; ".join(line.removeprefix("sbatch: ") for line in done.err.strip().splitlines())
     if done.exit_code is None or _MOMENTARY.search(said):
         raise UnavailableError(said)
+    if "configuration source" in said:
+        rule = (
+            "SLURM is installed here and finds no configuration: start from a login node, or set "
+        )
+        raise ConfigError("cluster.backend", rule + "SLURM_CONF to its slurm.conf", "slurm")
     raise ConfigError("cluster.slurm", f"SLURM refuses the job: {said}; correct {_field(said)}")
 
 

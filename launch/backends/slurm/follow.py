@@ -228,7 +228,7 @@ class _Follower:
 
 def pending(job: Job, now: float) -> str:
     """A pending job in words."""
-    text = f"job {job.id} is pending: {job.reason or 'no reason given'}"
+    text = f"job {job.id} is pending: {job.why_pending}"
     if job.start_at is not None and job.start_at > now:
         # SLURM's guess moves by seconds; told so it moves less.
         text += f"; expected to start in {duration(max(60.0, (job.start_at - now) // 60 * 60))}"
