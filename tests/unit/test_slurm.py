@@ -246,6 +246,12 @@ def test_every_gpu_of_a_node_has_its_process():
     assert {env["JAX_PLATFORMS"] for env in found} == {"cuda"}
 
 
+def test_secrets_are_not_part_of_what_goes_over_the_network():
+    found = envs(env={"NAME": "value", "API_KEY": "hush"})
+    assert {env.get("NAME") for env in found} == {"value"}
+    assert not any("hush" in env.values() for env in found)
+
+
 def test_nodes_without_gpus_compute_on_cpu_devices():
     found = envs(processes_per_host=2, devices_per_process=3)
     assert {env["JAX_PLATFORMS"] for env in found} == {"cpu"}

@@ -11,7 +11,7 @@ from launch import rundir
 from launch.backends import host_plan
 from launch.backends.host_plan import AttemptSpec
 from launch.backends.slurm import container
-from launch.program import Program
+from launch.program import Program, is_secret
 from launch.spec import Cluster
 
 
@@ -30,7 +30,8 @@ def render(cluster: Cluster, program: Program, attempt: AttemptSpec) -> list[dic
             number = cluster.devices_per_process
             first = process_id % cluster.processes_per_host * number
             env["JAX_LOCAL_DEVICE_IDS"] = ",".join(str(first + i) for i in range(number))
-        return {**env, **cluster.env}
+        # Secrets are in the job's environment already, and need not go over the network.
+        return {**env, **{k: v for k, v in cluster.env.items() if not is_secret(k)}}
 
     plans = host_plan.render(cluster, program, attempt, process_env)
     for plan in plans:

@@ -147,7 +147,7 @@ def dry_run(request: Request) -> None:
     for plan in step.render(cluster, request.program, attempt):
         for process in plan["processes"]:
             print(f"# process {process['process_id']}/{cluster.num_processes} on {plan['host']}")
-            env = without_secrets(process["env"])
+            env = without_secrets({**process["env"], **cluster.env})
             words = ["env", *(f"{name}={value}" for name, value in env.items())]
             print(shlex.join([*words, *process["argv"]]))
 
