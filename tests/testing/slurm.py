@@ -157,11 +157,8 @@ class Slurm:
     def cut_power(self, node: str) -> None:
         """Kill a node's daemon and all that SLURM has started there, at once."""
         daemon = self._daemons.pop(f"slurmd {node}")
-        ours = {"SLURM_CONF": str(self.conf), "SLURMD_NODENAME": node}.items()
-        steps = [pid for pid in _steps() if ours <= _environment(pid).items()]
-        for pid in [daemon.pid, *steps]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        daemon.kill()
+        self._kill_steps(SLURMD_NODENAME=node)
         daemon.wait()
 
     def suspend(self, daemon: str, stopped: bool = True) -> None:
@@ -257,6 +254,15 @@ class Slurm:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        # Step daemons outlive a slurmd that was killed, and wait to tell it of their end.
+        self._kill_steps()
+
+    def _kill_steps(self, **wanted: str) -> None:
+        """Kill the step daemons of this SLURM, and what is below them, by their environment."""
+        ours = {"SLURM_CONF": str(self.conf), **wanted}.items()
+        for pid in [pid for pid in _steps() if ours <= _environment(pid).items()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
