@@ -16,17 +16,23 @@ from launch.restart import Outcome
 from launch.supervise import Policy, Supervisor
 
 
-def record_run(request: Request, run_dir: RunDir) -> None:
-    """Write run.json, and remember the run for `muster list`."""
+def record_run(request: Request, run_dir: RunDir) -> threading.Thread:
+    """Write run.json, and remember the run for `muster list`.
+
+    Returns:
+      A thread that adds the code's version, for the gang need not wait for git; to be joined before
+      the run directory is given back.
+    """
     record = run_record(request)
     run_dir.write_run(**record, code=None)
     registry.register(run_dir)
 
-    # Aside, because the gang need not wait for git.
     def write() -> None:
         run_dir.write_run(**record, code=code_version())
 
-    threading.Thread(target=write).start()
+    version = threading.Thread(target=write, daemon=True)
+    version.start()
+    return version
 
 
 def control(

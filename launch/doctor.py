@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launch import contract
 from launch.backends.local import reserve_port
+from launch.environment import look
 from launch.spec import Cluster, ConfigError, cluster_spec, load_config
 
 
@@ -90,7 +91,6 @@ def _print(findings: Iterable[Finding]) -> int:
 
 def _local(cluster: Cluster, folder: Path) -> Iterator[Finding]:
     from launch.backends.host_plan import cpu_env
-    from launch.backends.slurm.probe import look
 
     cores = len(os.sched_getaffinity(0))
     number = cluster.num_processes
@@ -125,11 +125,11 @@ def environment_findings(
     wanted: Mapping[str, object] | None,
     devices: int | None,
 ) -> Iterator[Finding]:
-    """What `probe.look` says of one machine.
+    """What `environment.look` says of one machine.
 
     Args:
       where: the machine, in words.
-      found: by `probe.look` there.
+      found: by `environment.look` there.
       wanted: versions of packages that it should have; None for any.
       devices: how many devices JAX should find; None for any.
     """

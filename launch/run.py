@@ -93,10 +93,11 @@ def take(request: Request) -> RunDir | None:
 
 def _control(request: Request, run_dir: RunDir, started: Callable[[], None]) -> int:
     """Be the controller of a run on this machine."""
-    record_run(request, run_dir)
+    version = record_run(request, run_dir)
     backend = local.LocalBackend(request.cluster, request.program, run_dir)
     hosts = local.host_names(request.cluster)
     try:
         return control(request, run_dir, backend, hosts, on_started=started).run()
     finally:
+        version.join()
         run_dir.release()

@@ -241,15 +241,7 @@ def test_names_arrive_as_they_are(slurm, tmp_path, name):
         f"assert sys.argv[1] == {name!r} and os.getcwd() == {str(folder)!r}, os.getcwd()"
     )
     command = [*muster.command(), "--", sys.executable, "-c", program, name]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = muster.run_words(command)
     assert done.returncode == contract.EXIT_DONE, done.stderr
     job_id = muster.job_id()
     assert slurm.command("squeue", "-h", "-t", "all", "-j", job_id, "-o", "%j").rstrip("\n") == name
@@ -360,15 +352,7 @@ def test_doctor_on_a_full_cluster_says_that_it_could_not_try(slurm, busy, tmp_pa
 def test_without_slurm_it_is_one_clear_line(tmp_path: Path):
     muster = SlurmMuster(tmp_path)
     nowhere = {**environment(), "PATH": str(tmp_path)}
-    done = subprocess.run(
-        muster.command(program="print('never')"),
-        cwd=ROOT,
-        env=nowhere,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = muster.run_words(muster.command(program="print('never')"), cwd=ROOT, env=nowhere)
     assert done.returncode == contract.EXIT_CONFIG
     assert len(done.stderr.strip().splitlines()) == 1
     assert "no SLURM on this machine: sbatch is not on the PATH" in done.stderr
@@ -378,15 +362,8 @@ def test_without_slurm_it_is_one_clear_line(tmp_path: Path):
 @pytest.mark.skipif(Path("/etc/slurm/slurm.conf").exists(), reason="this machine has a SLURM")
 def test_a_slurm_without_a_configuration_is_one_clear_line(slurm, tmp_path):
     muster = SlurmMuster(tmp_path)
-    done = subprocess.run(
-        muster.command(program="print('never')"),
-        cwd=tmp_path,
-        env={name: v for name, v in environment().items() if name != "SLURM_CONF"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    unset = {name: value for name, value in environment().items() if name != "SLURM_CONF"}
+    done = muster.run_words(muster.command(program="print('never')"), env=unset)
     assert done.returncode == contract.EXIT_CONFIG
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "finds no configuration" in done.stderr

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import subprocess
 import sys
 
 import pytest
 
 from launch import contract
-from tests.testing.gangs import MusterCommand, environment
+from tests.testing.gangs import MusterCommand
 from tests.testing.slurm import SlurmMuster
 from tests.testing.tiny import ROOT
 
@@ -98,15 +97,7 @@ def test_a_node_with_fewer_devices_than_promised_is_named(slurm, tmp_path):
     )
     train = f"{sys.executable} -m trainer.main {TINY} --workdir={muster.workdir}"
     lost = f'test "$SLURMD_NODENAME" != node2 || export JAX_NUM_CPU_DEVICES=1; exec {train}'
-    done = subprocess.run(
-        [*muster.command(), "--", "sh", "-c", lost],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = muster.run_words([*muster.command(), "--", "sh", "-c", lost], cwd=ROOT)
     assert done.returncode == contract.EXIT_CONFIG, done.stderr
     record = muster.attempt()
     assert (record["cause"], record["guilty_host"]) == ("config", "node2")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,16 @@ class MusterCommand:
 
     def other(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Another `muster` command, run to its end."""
+        return self.run_words([self.python, "-m", "launch", *words])
+
+    def run_words(
+        self, words: Sequence[str], cwd: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """A whole command line, run to its end."""
         return subprocess.run(
-            [self.python, "-m", "launch", *words],
-            cwd=self.folder,
-            env=environment(),
+            words,
+            cwd=cwd or self.folder,
+            env=env or environment(),
             capture_output=True,
             text=True,
             timeout=TIMEOUT_SECONDS,

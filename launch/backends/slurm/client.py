@@ -52,30 +52,22 @@ class Job:
       state: RUNNING, PENDING, COMPLETED, ...
       reason: why it is pending, or how it ended.
       restarts: how often it was put back into the queue.
-      nodes: its node list; "" while it has none.
-      batch_host: the node of its batch script.
       partition: where.
       start_at: when it started, or is expected to; None if unknown.
       end_at: when its time is over; None without a limit.
       preempted_at: when SLURM has begun to take it away; None if it has not.
       exit_code: of the batch script.
-      signal: that ended it; 0 for none.
-      comment: what was given with --comment.
     """
 
     id: str
     state: str
     reason: str
     restarts: int
-    nodes: str
-    batch_host: str
     partition: str
     start_at: float | None
     end_at: float | None
     preempted_at: float | None
     exit_code: int
-    signal: int
-    comment: str
 
     @property
     def active(self) -> bool:
@@ -195,15 +187,12 @@ def ended(job_id: str) -> list[Job]:
 def parse_job(line: str) -> Job:
     """One line of `scontrol --oneliner show job`."""
     words = dict(re.findall(r"(?:^| )([A-Za-z][\w/:.-]*)=(.*?)(?= [A-Za-z][\w/:.-]*=|\s*$)", line))
-    code, _, number = words.get("ExitCode", "0:0").partition(":")
-    nodes = words.get("NodeList", "")
+    code = words.get("ExitCode", "0:0").partition(":")[0]
     return Job(
         id=words["JobId"],
         state=words.get("JobState", ""),
         reason=words.get("Reason", "").replace("None", ""),
         restarts=int(words.get("Restarts", "0")),
-        nodes="" if nodes in ("(null)", "None assigned") else nodes,
-        batch_host=words.get("BatchHost", ""),
         partition=words.get("Partition", ""),
         start_at=_time(words.get("StartTime")),
         end_at=_time(words.get("EndTime"))
@@ -212,8 +201,6 @@ def parse_job(line: str) -> Job:
         else None,
         preempted_at=_time(words.get("PreemptTime")),
         exit_code=int(code),
-        signal=int(number or 0),
-        comment=words.get("Comment", ""),
     )
 
 

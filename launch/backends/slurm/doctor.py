@@ -17,6 +17,7 @@ from launch import command
 from launch.backends.host_plan import ROOT
 from launch.backends.slurm import client, probe, script, step
 from launch.doctor import Finding, environment_findings, writable
+from launch.environment import look
 from launch.spec import Cluster, closest
 from launch.spec.slurm import seconds_of_limit
 
@@ -191,7 +192,7 @@ def _reports(folder: Path, wanted: int) -> dict[str, dict[str, Any]]:
 
 
 def _on_nodes(cluster: Cluster, reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
-    here = probe.look(sys.executable, {"JAX_PLATFORMS": "cpu"})
+    here = look(sys.executable, {"JAX_PLATFORMS": "cpu"})
     wanted = here.get("versions") if cluster.slurm.container is None else None
     devices = cluster.devices_per_process
     if cluster.slurm.gpus is not None and cluster.env.get("JAX_PLATFORMS") != "cpu":

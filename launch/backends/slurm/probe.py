@@ -9,28 +9,15 @@ import contextlib
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections")
+from launch.environment import look
+
 PLAN = "plan.json"  # From the doctor.
 _DOOR = "door.json"  # From the first node.
-_IMPORT_SECONDS = 120.0
 _MEET_SECONDS = 60.0
-_LOOK = """
-import importlib, importlib.metadata, json, sys
-versions = {}
-for name in %r:
-    try:
-        versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        versions[name] = None
-jax = importlib.import_module("jax")
-devices = [str(device) for device in jax.local_devices()]
-print(json.dumps({"versions": versions, "devices": devices, "python": sys.version.split()[0]}))
-"""
 
 
 def main(folder: str) -> None:
@@ -62,30 +49,6 @@ def _plan(folder: Path, found: dict[str, object]) -> dict | None:
     except (OSError, ValueError) as error:
         found["unseen"] = str(error)
         return None
-
-
-def look(python: str, env: dict[str, str]) -> dict[str, object]:
-    """What a program would find: versions of packages and JAX's devices.
-
-    Args:
-      python: the interpreter.
-      env: over this process's own.
-    """
-    try:
-        done = subprocess.run(
-            [python, "-c", _LOOK % (PACKAGES,)],
-            env={**os.environ, **env},
-            capture_output=True,
-            text=True,
-            timeout=_IMPORT_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"error": str(error)}
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"error": lines[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _meet(folder: Path, token: str) -> str:

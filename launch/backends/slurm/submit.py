@@ -68,7 +68,7 @@ def _find_or_submit(request: Request, run_dir: RunDir) -> tuple[str, bool]:
         attach.check_same(request.workdir, run_record(request), in_use)
         _say(f"muster: run {run_dir.run_id} is SLURM job {there} already: looking on")
         return there, False
-    record_run(request, run_dir)
+    version = record_run(request, run_dir)
     submission.write_submission(run_dir.path, request)
     asked = jobs.new_job(run_dir.run_id)
     path = run_dir.path / _SCRIPT
@@ -84,6 +84,7 @@ def _find_or_submit(request: Request, run_dir: RunDir) -> tuple[str, bool]:
         raise
     finally:
         jobs.write_job(run_dir.path, asked)
+    version.join()
     where = request.cluster.slurm.partition
     _say(
         f"muster: run {run_dir.name} ({run_dir.run_id}) is SLURM job {asked.job_id}"
