@@ -228,12 +228,13 @@ class TpuHosts:
         private.sort(key=lambda one: folder.is_relative_to(one[1]))  # What hides the folder: last.
         mounts += [["mount", "--rbind", str(folder / name), there] for name, there in private]
         lines = "\n".join(map(shlex.join, mounts))
-        script = _INIT.format(hostname=hostname, mounts=lines, wait=_WAIT)
+        script = folder / "init"
+        script.write_text(_INIT.format(hostname=hostname, mounts=lines, wait=_WAIT))
         namespaces = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts"]
         with open(folder / "log", "ab") as log:
             # By setpriv, since Python's preexec_fn is not safe in a process with threads.
             return subprocess.Popen(
-                ["setpriv", "--pdeathsig=KILL", "unshare", *namespaces, "sh", "-c", script],
+                ["setpriv", "--pdeathsig=KILL", "unshare", *namespaces, "sh", str(script)],
                 env={"PATH": _PATH},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -1,0 +1,45 @@
+"""A Google Cloud of our own for each test, with VMs of this machine."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.testing import tpu_cloud
+from tests.testing.packages import missing
+from tests.testing.tpu_hosts import TpuHosts
+
+ADDRESSES = 8  # Two nodes of four VMs each.
+
+
+@pytest.fixture(scope="session")
+def tpu_hosts():
+    """Addresses at which TPU VMs can be booted."""
+    packages = tpu_cloud.missing_packages()
+    if packages:
+        missing(f"the packages {' '.join(packages)}")
+    if os.getuid() != 0:
+        missing("root's rights, which VMs of namespaces need,")
+    with tempfile.TemporaryDirectory(prefix="muster-tpu-") as root:
+        try:
+            hosts = TpuHosts(Path(root), ADDRESSES)
+        except OSError as error:
+            missing(f"loopback addresses with a free port 22 ({error})")
+        yield hosts
+        hosts.close()
+
+
+@pytest.fixture(scope="session")
+def ssh_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with gcloud's key pair."""
+    folder = tmp_path_factory.mktemp("ssh", numbered=True)
+    tpu_cloud.make_ssh_key(folder)
+    return folder
+
+
+@pytest.fixture
+def cloud(tpu_hosts: TpuHosts, ssh_key: Path, tmp_path: Path):
+    """A project without nodes, its API and its VMs."""
+    with tpu_cloud.running(tmp_path / "cloud", tpu_hosts, ssh_key) as cloud:
+        yield cloud
