@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Install the system packages that some tests need: by apt, as root, where they are missing. Where
 # they cannot be had, those tests say so and are skipped; with CI=true they fail.
+# Google's google-cloud-cli, which those of TPUs need too, is not in Debian's archive: it comes from
+# https://cloud.google.com/sdk/docs/install
 set -euo pipefail
-packages=(slurmctld slurmd slurm-client munge)
+packages=(slurmctld slurmd slurm-client munge openssh-server openssh-client)
 missing=()
 for package in "${packages[@]}"; do
   dpkg-query --show --showformat='${Status}\n' "$package" 2>/dev/null | grep -q ' installed$' ||

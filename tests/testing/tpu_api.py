@@ -132,6 +132,11 @@ class TpuApi(TpuMethods):
         with self.lock:
             self._faults.append(_Fault(method, pattern, error, times, after, effect, drop))
 
+    def clear_faults(self) -> None:
+        """Answer all requests well from now on."""
+        with self.lock:
+            self._faults.clear()
+
     def mutations(self) -> list[Request]:
         """The requests that ask for a change."""
         asking = "getGuestAttributes"

@@ -11,8 +11,9 @@ from typing import Any
 from tests.testing.tpu_api_queued import TpuQueue
 from tests.testing.tpu_api_state import ApiError, Json, Key
 
+# `gcloud compute tpus locations` and `accelerator-types` ask v1.
 _PATH = re.compile(
-    r"/v2(?:alpha1)?/projects/(?P<project>[^/]+)/locations"
+    r"/v(?:1|2|2alpha1)/projects/(?P<project>[^/]+)/locations"
     r"(?:/(?P<zone>[^/:]+)(?:/(?P<kind>\w+)(?:/(?P<name>[^/:]+)(?::(?P<verb>\w+))?)?)?)?"
 )
 _TYPES = [

@@ -3,13 +3,12 @@
 import json
 import shlex
 import subprocess
-import time
+from pathlib import Path
 
 import pytest
 
 from tests.testing.gangs import wait_until
-from tests.testing.tpu_api import ACCOUNT
-from tests.testing.tpu_cloud import TYPE, ZONE, Cloud
+from tests.testing.tpu_cloud import TYPE, Cloud
 
 SLICE = (f"--accelerator-type={TYPE}", "--runtime-version=v2-alpha-tpuv5-lite")
 # Lives on when its connection is lost.
@@ -34,6 +33,7 @@ def ssh_lines(cloud: Cloud, node: str, command: str) -> list[list[str]]:
 
 
 def direct(cloud: Cloud, line: list[str], **options) -> subprocess.CompletedProcess[str]:
+    """Run one of these lines."""
     return subprocess.run(
         line, env=cloud.env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
         check=False, **{"timeout": 20, **options},
@@ -47,10 +47,10 @@ def test_queued_resource_of_two_nodes_from_creation_to_deletion(cloud):
         "--spot", "--labels=muster=abc", "--async",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    wait_until(lambda: cloud.queued_state("job") == "WAITING_FOR_RESOURCES", "it to wait")
     request = cloud.api.mutations()[-1]
     assert (request.method, request.status) == ("POST", 200)
     assert "queued-resources.create" in request.user_agent
-    time.sleep(0.5)
     done = cloud.gcloud("queued-resources", "describe", "job", "--format=value(state.state)")
     assert done.stdout.strip() == "WAITING_FOR_RESOURCES"
     cloud.api.hold = False
@@ -102,9 +102,9 @@ def test_gcloud_and_its_own_ssh_lines_reach_the_vms(cloud, node):
 
 
 def test_errors_that_tests_ask_for(cloud):
-    cloud.api.fault("GET", "/nodes", status=503, times=2)
-    assert cloud.gcloud("tpu-vm", "list").returncode == 0  # It has tried three times.
-    assert [one.status for one in cloud.api.requests] == [503, 503, 200]
+    cloud.api.fault("GET", "/nodes", status=503)
+    assert cloud.gcloud("tpu-vm", "list").returncode == 0  # It has tried again.
+    assert [one.status for one in cloud.api.requests] == [503, 200]
     cloud.api.quota = 16
     done = cloud.gcloud("queued-resources", "create", "a", *SLICE, "--node-id=a", "--async")
     assert done.returncode == 0
@@ -122,9 +122,9 @@ def test_errors_that_tests_ask_for(cloud):
 
 def test_what_happens_to_vms(cloud, node):
     line = ssh_lines(cloud, node, "x")[0][:-1]
-    cloud.gcloud("tpu-vm", "ssh", node, "--worker=0", "--command=true")  # Brings the key there.
-    address = cloud.hosts_of(node)[0]
-    hosts = cloud.hosts
+    hosts, address = cloud.hosts, cloud.hosts_of(node)[0]
+    key = (cloud.api.home / ".ssh" / "google_compute_engine.pub").read_text()
+    hosts.set_keys(address, f"root:{key}")
     assert direct(cloud, [*line, DETACHED]).stdout == "started\n"
     [(job, _)] = hosts.jobs(address)
 
@@ -153,13 +153,4 @@ def test_what_happens_to_vms(cloud, node):
     assert (cloud.node_state(node), cloud.queued_state("q")) == ("PREEMPTED", "SUSPENDED")
     assert hosts.running() == []
     assert direct(cloud, [*line, "true"]).returncode == 255
-    with pytest.raises(ProcessLookupError):
-        hosts_alive(job)
-    assert cloud.api.nodes[ZONE, node]["name"].endswith("/nodes/n")
-    assert ACCOUNT in cloud.api.env.values()
-
-
-def hosts_alive(pid: int) -> None:
-    import os
-
-    os.kill(pid, 0)
+    assert not Path(f"/proc/{job}").exists()
