@@ -13,6 +13,7 @@ from launch.controller import Backend, Controller
 from launch.ownership import RunDir
 from launch.request import Request, code_version, fits, run_record
 from launch.restart import Outcome
+from launch.stop import StopRequests
 from launch.supervise import Policy, Supervisor
 
 
@@ -43,6 +44,8 @@ def control(
     *,
     on_started: Callable[[], None] = lambda: None,
     history: tuple[Outcome, ...] = (),
+    requests: StopRequests | None = None,
+    stops_at_once: bool = False,
     **policy: Any,
 ) -> Controller:
     """The controller of a run, ready to run.
@@ -54,6 +57,7 @@ def control(
       hosts: where.
       on_started: called once the gang has started.
       history: attempts that count against the budgets.
+      requests, stops_at_once: see Controller.
       **policy: further fields of Policy.
     """
     cluster = request.cluster
@@ -79,4 +83,12 @@ def control(
         # The trainer's word on a wrong config is the launcher's last one too.
         held_back=b"error: " if request.config is not None else b"",
     )
-    return Controller(run_dir, supervisor, backend, console, on_started)
+    return Controller(
+        run_dir,
+        supervisor,
+        backend,
+        console,
+        on_started=on_started,
+        requests=requests,
+        stops_at_once=stops_at_once,
+    )

@@ -64,6 +64,10 @@ class Backend(Protocol):
     backend_ids: tuple[str, ...]
     signals: Sequence[signal.Signals]
 
+    def adopted(self) -> Attempt | None:
+        """An attempt that runs on the machines already, to be followed in the place of a new one;
+        None if there is none. Once."""
+
     def agents(
         self, hosts: Sequence[str], attempt: Attempt
     ) -> contextlib.AbstractContextManager[Sequence[tuple[Mapping[str, Any], Channel]]]:
@@ -90,7 +94,10 @@ class Controller:
         supervisor: Supervisor,
         backend: Backend,
         console: Console,
+        *,
         on_started: Callable[[], None] = lambda: None,
+        requests: stop.StopRequests | None = None,
+        stops_at_once: bool = False,
     ):
         """Takes a run directory that this process holds.
 
@@ -101,6 +108,8 @@ class Controller:
           console: shows the processes' lines and ours.
           on_started: called once, when the first attempt's processes are all there or some
             cannot be.
+          requests: the user's wishes for an end, if somebody has listened to them before.
+          stops_at_once: the user has wished for it already.
         """
         self._run_dir = run_dir
         self._supervisor = supervisor
@@ -108,7 +117,8 @@ class Controller:
         self._console = console
         self._on_started: Callable[[], None] | None = on_started
         self._selector = selectors.DefaultSelector()
-        self._requests = stop.StopRequests(run_dir.path)
+        self._requests = requests or stop.StopRequests(run_dir.path)
+        self._stops_at_once = stops_at_once
         self._signals = Signals()
         self._gang = Gang(self._selector, backend.lease_seconds)
         self._attempt: Attempt | None = None
@@ -132,6 +142,8 @@ class Controller:
             self._selector.register(wakeup, selectors.EVENT_READ)
             try:
                 self._handle(Tick())
+                if self._stops_at_once:
+                    self._handle(StopRequested())
                 while self._exit_code is None:
                     self._turn(wakeup)
             finally:
@@ -258,7 +270,7 @@ class Controller:
         self._told = set()
         self._again_at = None
         self._resumed_at = None
-        attempt = self._run_dir.new_attempt(
+        attempt = self._backend.adopted() or self._run_dir.new_attempt(
             list(hosts), self._backend.processes_per_host, self._backend.backend_ids
         )
         self._attempt, self._number = attempt, attempt.number

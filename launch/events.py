@@ -255,9 +255,15 @@ class Close:
 
 @dataclasses.dataclass(frozen=True)
 class Requeue:
-    """Give the machines back and ask for others, without these hosts; Finish follows."""
+    """Give the machines back and ask for others; Finish follows.
+
+    Attributes:
+      without: hosts that are not to be among them.
+      delay_seconds: how long to wait before.
+    """
 
     without: tuple[str, ...]
+    delay_seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

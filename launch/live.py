@@ -17,7 +17,9 @@ STARTING = "starting"  # Agents and processes are being started.
 RUNNING = "running"
 STOPPING = "stopping"  # The processes have been told to stop.
 WAITING = "waiting"  # For the time of the next attempt; there is no gang.
-STATES = (STARTING, RUNNING, STOPPING, WAITING)
+ACQUIRING = "getting machines"
+RELEASING = "giving machines back"
+STATES = (STARTING, RUNNING, STOPPING, WAITING, ACQUIRING, RELEASING)
 
 # How often the controller writes it, and after how long a silence it is not believed any more.
 EVERY_SECONDS = 1.0

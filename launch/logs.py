@@ -9,8 +9,8 @@ from pathlib import Path
 
 from launch import contract, registry, rundir
 from launch.console import LogFollower, discard_output, left_out
+from launch.errors import ConfigError
 from launch.logfile import LogReader
-from launch.spec.errors import ConfigError
 from launch.standing import standing
 
 _FOLLOW_SECONDS = 0.1

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from launch import contract
-from launch.spec.errors import ConfigError, closest
+from launch.errors import ConfigError, closest
 
 HELP = """\
 Muster starts one program on many processes, keeps them together and says what became of them.

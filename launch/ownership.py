@@ -116,6 +116,11 @@ class RunDir:
         (path / contract.STACKS).mkdir(mode=0o700)
         return Attempt(path, number, hosts, processes_per_host, backend_ids)
 
+    def reopen_attempt(self, number: int) -> Attempt:
+        """Go on with an attempt that another controller has left running."""
+        path = rundir.attempt_path(self.path, number)
+        return Attempt.again(path, rundir.attempt_record(self.path, number))
+
     def close_abandoned(self, **how: Any) -> bool:
         """Say of a newest attempt without an end what became of it.
 
@@ -165,10 +170,25 @@ class Attempt:
         }
         self.write()
 
+    @classmethod
+    def again(cls, path: Path, record: Mapping[str, Any]) -> Attempt:
+        """An attempt that is on record already, as it stands."""
+        attempt = cls.__new__(cls)
+        attempt.path, attempt.number = path, record["attempt"]
+        hosts = record["hosts"]
+        each = record["num_processes"] // len(hosts)
+        attempt.process_hosts = [host for host in hosts for _ in range(each)]
+        attempt._record = dict(record)
+        return attempt
+
     @property
     def num_processes(self) -> int:
         """Members of the gang."""
         return len(self.process_hosts)
+
+    def recorded(self, name: str) -> Any:
+        """A field of its record; None if it has none."""
+        return self._record.get(name)
 
     def write(self, **fields: Any) -> None:
         """Write attempt.json with these fields changed."""

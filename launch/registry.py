@@ -19,8 +19,8 @@ from typing import Any
 
 from launch import contract, rundir
 from launch.contract import utc
+from launch.errors import ConfigError, closest
 from launch.ownership import RunDir
-from launch.spec.errors import ConfigError, closest
 
 STATE_DIR = "MUSTER_STATE_DIR"
 _MOST_NAMES = 8  # In an error message.

@@ -121,7 +121,7 @@ def run_record(request: Request) -> dict[str, Any]:
 def _cluster_record(cluster: Cluster) -> dict[str, Any]:
     record = plain({f.name: getattr(cluster, f.name) for f in dataclasses.fields(cluster)})
     record["env"] = without_secrets(cluster.env)
-    for section in ("restart", "watch", "slurm"):
+    for section in ("restart", "watch", "slurm", "tpu"):
         record[section] = dataclasses.asdict(getattr(cluster, section))
     return record
 

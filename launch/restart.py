@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from launch import contract
 from launch.events import Failure, Retry, Verdict
 from launch.evidence import cannot_load, type_name
 from launch.spec import RestartPolicy
@@ -31,6 +33,23 @@ class Outcome:
     verdict: Verdict
     guilty_step: int | None
     last_step: int | None
+
+
+def outcome_of(record: Mapping[str, Any]) -> Outcome:
+    """How an attempt ended, by its record."""
+    raised = record.get("exception")
+    failure = None
+    if raised:
+        failure = Failure(raised["type"], raised["message"], raised["traceback"], 0.0)
+    verdict = Verdict(
+        record["cause"],
+        int(record.get("exit_code", contract.EXIT_FAILED)),
+        record.get("message", ""),
+        record.get("guilty_process"),
+        record.get("guilty_host"),
+        failure=failure,
+    )
+    return Outcome(verdict, record.get("guilty_step"), record.get("last_step"))
 
 
 class Restarts:

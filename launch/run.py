@@ -28,6 +28,12 @@ def dry_run(request: Request) -> None:
 
         submit.dry_run(request)
         return
+    if request.cluster.backend == "tpu":
+        from launch.backends.tpu import run as tpu
+
+        tpu.check(request)
+        tpu.dry_run(request)
+        return
     number = rundir.next_attempt(request.workdir)
     print(f"# attempt {number} of {request.workdir}; PORT is chosen at the start")
     print(shlex.join(["cd", os.getcwd()]))
@@ -56,6 +62,10 @@ def run(request: Request, detached: bool = False) -> int:
         from launch.backends.slurm import submit
 
         return submit.run(request, detached)
+    if request.cluster.backend == "tpu":
+        from launch.backends.tpu import run as tpu
+
+        tpu.check(request)
     run_dir = take(request)
     if run_dir is None:
         return attach.view(request.workdir, request.shown, request.prefixed)
@@ -92,7 +102,14 @@ def take(request: Request) -> RunDir | None:
 
 
 def _control(request: Request, run_dir: RunDir, started: Callable[[], None]) -> int:
-    """Be the controller of a run on this machine."""
+    """Be the controller of a run."""
+    if request.cluster.backend == "tpu":
+        from launch.backends.tpu import run as tpu
+
+        try:
+            return tpu.run(request, run_dir, started)
+        finally:
+            run_dir.release()
     version = record_run(request, run_dir)
     backend = local.LocalBackend(request.cluster, request.program, run_dir)
     hosts = local.host_names(request.cluster)

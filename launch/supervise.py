@@ -155,7 +155,7 @@ class Supervisor:
             why += f" without {', '.join(sorted(gone))}" if gone else ""
             return [
                 Close(verdict, Retry(True, why)),
-                Requeue(tuple(sorted(gone))),
+                Requeue(tuple(sorted(gone)), retry.delay_seconds),
                 self._finish(contract.EXIT_RESUMABLE),
             ]
         self._start_at = now + retry.delay_seconds

@@ -7,6 +7,7 @@ Standard library only. Figures are of one chip, in plain bytes and FLOPs. Source
   `jax._src.pallas.mosaic.tpu_info` has it; XLA leaves a program some 250 MB less), and give ICI as
   a chip's links together, both directions. For v4 the page gives no ICI figure; half of v5p's is
   what Google said of it when v5p came (2,400 against 4,800 Gbps each way).
+- TPU software: cloud.google.com/tpu/docs/runtimes, 'PyTorch/XLA, JAX and older'.
 - NVIDIA: data sheets of A100, H100, H200 and HGX B200. Theirs are with sparsity for Tensor Cores;
   halved here, since training is dense. NVLink stands as their total of both directions.
 """
@@ -17,7 +18,7 @@ import dataclasses
 import math
 import re
 
-from launch.spec.errors import ConfigError, closest
+from launch.errors import ConfigError, closest
 
 GIB = 1 << 30
 TERA = 1e12
@@ -96,6 +97,15 @@ class Accelerator:
     def topology(self) -> str:
         """The slice as JAX and XLA name it, e.g. `v5e:4x4`."""
         return f"{self.generation}:{'x'.join(map(str, self.grid))}"
+
+
+# The TPU VM software for JAX, by generation.
+RUNTIME_VERSIONS = {
+    "v4": "tpu-ubuntu2204-base",
+    "v5e": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,13 +23,13 @@ _SIGNAL_SECONDS = 0.2  # Within this a signal to all processes of a machine has 
 class Agent:
     """Runs one plan to its end."""
 
-    def __init__(self, plan, leftover=b""):
+    def __init__(self, plan, owner):
         self._plan = plan
         self._running = {}  # pid -> Process
-        self._owner = Owner(leftover)
+        self._owner = owner
         self._answered_at = time.monotonic()  # The plan counts as the first lease.
         self._lease_until = self._answered_at + plan["lease_seconds"]
-        self._input_open = True
+        self._deadline = self._answered_at + plan.get("unattended_seconds", 0)
         self._signalled = None  # When somebody else told this host to stop, on both clocks.
         self._told_signal = False
         self._kill_at = None  # Once nothing but the end is left.
@@ -38,10 +38,9 @@ class Agent:
         """Start everything, see it through, leave nothing."""
         become_subreaper()
         wakeup = self._set_up_signals()
-        os.set_blocking(1, False)
         for process in self._plan["processes"]:
             self._start(process)
-        self._obey(self._owner.take(b""))  # Commands that came right behind the plan.
+        self._obey(self._owner.hear((), ()))  # Commands that came right behind the plan.
         while True:
             self._reap()
             if not self._running:
@@ -50,28 +49,22 @@ class Agent:
             self._tell_signal()
             self._look()
             self._wait(wakeup)
-        self._report(event="done", leftover=kill_descendants())
-        self._owner.say_the_rest(self._plan["lease_seconds"])
+        self._owner.part(kill_descendants(), self._plan["lease_seconds"])
 
     def _wait(self, wakeup):
         """Wait for a command, the end of a process, or the time of the next look."""
         awaited = any(process.asked for process in self._running.values())
         seconds = _QUIET_SECONDS / 2 if awaited else _POLL_SECONDS
-        readable = [wakeup, 0] if self._input_open else [wakeup]
-        ready = select.select(readable, [1] if self._owner.unsent else [], [], seconds)
-        if wakeup in ready[0]:
+        to_read, to_write = self._owner.descriptors()
+        readable, writable, _ = select.select([wakeup, *to_read], to_write, [], seconds)
+        if wakeup in readable:
             os.read(wakeup, 4096)
         # Before the input is read: an agent that was itself suspended must not find a lease there
         # that came in time, and go on. Its owner has given it up.
         self._check_lease()
-        if 0 in ready[0]:
-            data = os.read(0, 65536)
-            if data:
-                self._obey(self._owner.take(data))
-            else:
-                self._lose_owner()
-        if 1 in ready[1]:
-            self._owner.flush()
+        self._obey(self._owner.hear(readable, writable))
+        if self._owner.gone:
+            self._lose_owner()
 
     def _set_up_signals(self):
         """Make SIGCHLD wake select; what a signal to the agent means, the plan says."""
@@ -144,10 +137,12 @@ class Agent:
     def _renew(self, echo):
         # From the last answer on, after which the owner sent this: see the module's text.
         self._lease_until = self._answered_at + self._plan["lease_seconds"]
-        new = [process for process in self._running.values() if process.unsaid]
+        new = [p for p in self._running.values() if p.unsaid or self._owner.is_new]
+        self._owner.is_new = False
         progress = [
             [p.plan["process_id"], p.progress["step"], p.progress["phase"], p.changed_at]
             for p in new
+            if p.progress
         ]
         for process in new:
             process.unsaid = False
@@ -158,8 +153,9 @@ class Agent:
         """Stop in time before the lease is over, and kill when something's time is up."""
         now = time.monotonic()
         grace = min(self._plan["max_grace_seconds"], self._plan["lease_seconds"] / 3)
-        if self._kill_at is None and now >= self._lease_until - grace:
-            self._kill_at = self._lease_until
+        until = max(self._lease_until, self._deadline)
+        if self._kill_at is None and now >= until - grace:
+            self._kill_at = until
             self._signal(signal.SIGTERM)
         if self._kill_at is not None and now >= self._kill_at:
             self._signal(signal.SIGKILL)
@@ -167,7 +163,6 @@ class Agent:
 
     def _lose_owner(self):
         """Stop by oneself."""
-        self._input_open = False
         if self._kill_at is None:
             self._kill_at = time.monotonic() + self._plan["max_grace_seconds"]
             self._signal(signal.SIGTERM)
@@ -201,6 +196,7 @@ class Agent:
             if text is not None:
                 self._report_stacks(process, text)
             self._trim(process)
+        self._owner.look()
 
     def _trim(self, process):
         try:
@@ -315,4 +311,4 @@ def main(arguments):
         fd = os.open(plan["complaints"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(fd, 2)
         os.close(fd)
-    Agent(plan, leftover).run()
+    Agent(plan, Owner(leftover)).run()

@@ -24,6 +24,33 @@ class Log:
         self._start = 0  # Offset of the live file's first byte in the whole output.
         self._previous = None  # The newest segment but `LOG.0`.
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._find_segments()
+
+    def _find_segments(self):
+        """Go on with a log that somebody has begun."""
+        folder, name = os.path.split(self.path)
+        ends = [other[len(name) + 1 :] for other in os.listdir(folder) if other.startswith(name)]
+        offsets = [int(end) for end in ends if end.isdigit()]
+        if offsets:
+            newest = "%s.%d" % (self.path, max(offsets))
+            self._start = max(offsets) + os.path.getsize(newest)
+            self._previous = newest if max(offsets) else None
+
+    @property
+    def end(self):
+        """How much of the output there has been."""
+        return self._start + os.fstat(self.fd).st_size
+
+    def skip_to(self, offset):
+        """Leave out what comes before this byte of the output; for a log that nobody else writes
+        to."""
+        self._keep(0, os.fstat(self.fd).st_size)
+        os.ftruncate(self.fd, 0)
+        # An empty segment: where the log itself begins is where the one before it ends.
+        self._previous = "%s.%d" % (self.path, offset)
+        os.close(os.open(self._previous, os.O_WRONLY | os.O_CREAT, 0o600))
+        self.dropped += offset - self._start
+        self._start = offset
 
     def trim(self):
         """Cut the live file where it has grown too long."""

@@ -12,7 +12,25 @@ class Owner:
 
     def __init__(self, unread=b""):
         self.unsent = b""
+        self.is_new = False  # Whether it knows nothing yet of what it was not told again.
+        self.gone = False  # Whether its end was seen, after which it does not come back.
         self._unread = unread
+        os.set_blocking(1, False)
+
+    def descriptors(self):
+        """What to wait for: to be read, and to be written."""
+        return [] if self.gone else [0], [1] if self.unsent else []
+
+    def hear(self, readable, writable):
+        """The messages that have come; `gone` is set at the end of input."""
+        messages = []
+        if 0 in readable:
+            data = os.read(0, 65536)
+            messages = self.take(data)
+            self.gone = not data
+        if 1 in writable:
+            self.flush()
+        return messages
 
     def take(self, data):
         """The messages that are complete with this."""
@@ -34,8 +52,12 @@ class Owner:
             except (BrokenPipeError, ConnectionResetError):
                 self.unsent = b""
 
-    def say_the_rest(self, seconds):
-        """Before leaving, give an owner that reads slowly some time."""
+    def look(self):
+        """It sees the processes' files itself."""
+
+    def part(self, leftover, seconds):
+        """Say that all is done; give an owner that reads slowly some time."""
+        self.tell(event="done", leftover=leftover)
         limit = time.monotonic() + seconds
         while self.unsent and time.monotonic() < limit:
             select.select([], [1], [], 1.0)

@@ -82,6 +82,10 @@ class LocalBackend:
         self._program = program
         self._run_dir = run_dir
 
+    def adopted(self) -> Attempt | None:
+        """See launch.controller.Backend: what a controller has left is ended, not followed."""
+        return None
+
     @contextmanager
     def agents(
         self, hosts: Sequence[str], attempt: Attempt

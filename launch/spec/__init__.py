@@ -1,8 +1,8 @@
 """Frozen, validated specifications, made from ConfigDicts at one boundary."""
 
+from launch.errors import ConfigError, closest
 from launch.spec.cluster import Cluster, cluster_spec
 from launch.spec.compare import Difference, check_same_run, compare_configs, flatten
-from launch.spec.errors import ConfigError, closest
 from launch.spec.fields import build, plain, require
 from launch.spec.files import LoadedConfig, load_config
 from launch.spec.job import (

@@ -6,17 +6,21 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from launch.spec.errors import ConfigError, closest
-from launch.spec.fields import build, require
+from launch.errors import ConfigError, closest
+from launch.spec.fields import build, plain, require
 from launch.spec.policies import RestartPolicy, WatchPolicy
 from launch.spec.slurm import SlurmSpec
+from launch.spec.tpu import TpuSpec
+from launch.topology import Accelerator, accelerator
 
 BACKENDS = ("local", "slurm", "tpu")
 MIN_LEASE_SECONDS = 3.0  # Leases are renewed about once a second, on a machine that may be busy.
 MIN_LOG_BYTES = 1 << 16
 
 # The launcher fills these in for every process; a config that set them would tear the gang apart.
-RESERVED_ENV_PREFIXES = ("MUSTER_", "OMPI_", "JAX_COORDINATOR_", "JAX_LOCAL_DEVICE_IDS")
+RESERVED_ENV_PREFIXES = (
+    *("MUSTER_", "OMPI_", "JAX_COORDINATOR_", "JAX_LOCAL_DEVICE_IDS", "MEGASCALE_"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Cluster:
       hosts: machines; for `local`, agent processes on this one.
       processes_per_host: members of the gang on each host.
       devices_per_process: JAX devices of each; for `local`, CPU devices.
-      accelerator: accelerator type that implies the three above; None for `local`.
+      accelerator: TPU accelerator type, which implies the three above where they are not said.
       slices: groups of TPU chips joined by DCN.
       env: environment variables of every process, over the launcher's own; values are strings.
       setup: shell commands to run on each host before the program.
@@ -58,17 +62,11 @@ class Cluster:
     lease_seconds: float = 15.0
     max_log_bytes: int = 64 << 20
     slurm: SlurmSpec = dataclasses.field(default_factory=SlurmSpec)
-    tpu: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tpu: TpuSpec = dataclasses.field(default_factory=TpuSpec)
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ConfigError("backend", closest(self.backend, BACKENDS), self.backend)
-        require(
-            self.backend != "tpu",
-            "backend",
-            self.backend,
-            "not there yet; this version has the backends 'local' and 'slurm'",
-        )
         for name in ("hosts", "processes_per_host", "devices_per_process", "slices"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(self.grace_seconds >= 0, "grace_seconds", self.grace_seconds, "must be 0 or more")
@@ -95,6 +93,8 @@ class Cluster:
                 self.slurm.requeue,
                 f"restart.max_preemptions={most} needs it; set that to 0, or this to True",
             )
+        if self.backend == "tpu":
+            self._check_tpu()
 
     def _check_env(self) -> None:
         for name, value in self.env.items():
@@ -118,9 +118,15 @@ class Cluster:
     def _check_unused(self) -> None:
         """Refuse what the backend would have to ignore."""
         here = f"means nothing on backend '{self.backend}'; "
-        require(self.accelerator is None, "accelerator", self.accelerator, here + "set it to None")
-        require(self.slices == 1, "slices", self.slices, here + "set it to 1")
-        require(not self.tpu, "tpu", dict(self.tpu), here + "take the section out")
+        if self.backend != "tpu":
+            value = self.accelerator
+            require(value is None, "accelerator", value, here + "set it to None")
+            require(self.slices == 1, "slices", self.slices, here + "set it to 1")
+        for name, defaults in (("slurm", _SLURM_DEFAULTS), ("tpu", _TPU_DEFAULTS)):
+            section = vars(getattr(self, name))
+            said = {k: v for k, v in section.items() if v != getattr(defaults, k)}
+            unused = not said or name == self.backend
+            require(unused, name, said, here + "take the section out")
         if self.backend != "local":
             return
         require(
@@ -129,8 +135,42 @@ class Cluster:
             self.setup,
             "not there yet on backend 'local'; run the commands before `muster run`",
         )
-        said = {k: v for k, v in vars(self.slurm).items() if v != getattr(_SLURM_DEFAULTS, k)}
-        require(not said, "slurm", said, here + "take the section out")
+
+    def _check_tpu(self) -> None:
+        slice_ = self.slice
+        chips, devices = slice_.chips * self.slices, self.num_devices
+        require(
+            devices == chips or self.on_cpu,
+            "devices_per_process",
+            self.devices_per_process,
+            f"hosts * processes_per_host * devices_per_process = {self.hosts} * "
+            f"{self.processes_per_host} * {self.devices_per_process} = {devices} must be the "
+            f"{chips} chips of {self.slices} × {self.accelerator}; leave these fields out",
+        )
+        rule = f"must be as many on each of slices={self.slices}"
+        require(self.hosts % self.slices == 0, "hosts", self.hosts, rule)
+        rule = "must be None: a TPU slice cannot do without some of its hosts"
+        require(self.hosts_min is None, "hosts_min", self.hosts_min, rule)
+        nodes = self.tpu.nodes
+        rule = f"must be as many as slices={self.slices}"
+        require(not nodes or len(nodes) == self.slices, "tpu.nodes", nodes, rule)
+        rule = "names no zone; give those to be tried: ('us-west4-a',)"
+        require(bool(self.tpu.zones), "tpu.zones", self.tpu.zones, rule)
+        rule = f"must be one: where tpu.nodes={nodes} are"
+        require(not nodes or len(self.tpu.zones) == 1, "tpu.zones", self.tpu.zones, rule)
+
+    @property
+    def slice(self) -> Accelerator:
+        """What one slice of a TPU cluster is."""
+        if self.accelerator is None:
+            rule = "is missing; give the accelerator type of a slice: v5litepod-16"
+            raise ConfigError("accelerator", rule)
+        return accelerator(self.accelerator, "accelerator")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the processes are told to use the machines' CPUs."""
+        return self.env.get("JAX_PLATFORMS") == "cpu"
 
     def _check_gpus(self) -> None:
         gpus, per_host = self.slurm.gpus, self.processes_per_host * self.devices_per_process
@@ -154,6 +194,7 @@ class Cluster:
 
 
 _SLURM_DEFAULTS = SlurmSpec()
+_TPU_DEFAULTS = TpuSpec()
 
 
 def cluster_spec(config: Any) -> Cluster:
@@ -162,4 +203,20 @@ def cluster_spec(config: Any) -> Cluster:
     Raises:
       ConfigError: with fields named as on the command line, `cluster.hosts`.
     """
-    return build(Cluster, config, "cluster")
+    return build(Cluster, _with_shape(plain(config)), "cluster")
+
+
+def _with_shape(values: Any) -> Any:
+    """With what the accelerator type implies, where it is not said."""
+    if not isinstance(values, dict) or values.get("backend") != "tpu":
+        return values
+    name, slices = values.get("accelerator"), values.get("slices", 1)
+    if not isinstance(name, str) or not isinstance(slices, int):
+        return values
+    slice_ = accelerator(name)
+    hosts = values.get("hosts", slice_.hosts * slices)
+    implied: dict[str, Any] = {"hosts": hosts}
+    each = hosts * values.get("processes_per_host", 1) if isinstance(hosts, int) else 0
+    if each and slice_.chips * slices % each == 0:
+        implied["devices_per_process"] = slice_.chips * slices // each
+    return {**implied, **values}

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from launch.spec.errors import ConfigError
+from launch.errors import ConfigError
 from launch.spec.fields import plain
 
 # Fields that change how long or how fast a run goes, not which run it is.

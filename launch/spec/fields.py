@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from launch.spec.errors import ConfigError, closest
+from launch.errors import ConfigError, closest
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from launch.spec.errors import ConfigError, closest
+from launch.errors import ConfigError, closest
 from launch.spec.overrides import apply_overrides, is_override
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from launch.spec.errors import ConfigError, closest
+from launch.errors import ConfigError, closest
 from launch.spec.fields import build, require
 
 BATCH_AXES = ("data", "fsdp")  # The mesh axes over which a batch's examples are split.

@@ -21,8 +21,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launch.errors import ConfigError, closest
 from launch.spec.cluster import Cluster
-from launch.spec.errors import ConfigError, closest
 from launch.spec.job import TrainSpec
 
 STRINGS = "cluster.env"

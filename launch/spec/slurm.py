@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-from launch.spec.errors import ConfigError, closest
+from launch.errors import ConfigError, closest
 from launch.spec.fields import require
 
 CONTAINERS = ("pyxis", "apptainer")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from launch import topology
-from launch.spec.errors import ConfigError
+from launch.errors import ConfigError
 
 Json = dict[str, Any]
 Key = tuple[str, str]  # zone, name

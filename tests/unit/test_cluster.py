@@ -34,7 +34,7 @@ def test_the_slurm_configs_can_be_used_and_overridden_as_they_are(name, processe
     ("fields", "message"),
     [
         ({"backend": "locl"}, "cluster.backend='locl': did you mean 'local'?"),
-        ({"backend": "tpu"}, "cluster.backend='tpu': not there yet"),
+        ({"backend": "tpu"}, "cluster.accelerator: is missing"),
         ({"hosts": 0}, "cluster.hosts=0: must be at least 1"),
         ({"hosts": "2"}, "cluster.hosts='2': must be int, is str"),
         ({"process_per_host": 2}, "cluster.process_per_host: no such field; did you mean"),

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from ml_collections import config_dict
 
-from launch import contract, rundir
+from launch import contract, rundir, submission
 from launch.backends import host_plan
-from launch.backends.slurm import allocation, client, machines, script, step, submission
+from launch.backends.slurm import allocation, client, machines, script, step
 from launch.backends.slurm.hostlist import expand
 from launch.backends.slurm.job_watch import JobWatch
 from launch.events import Interrupted, Retry, Verdict

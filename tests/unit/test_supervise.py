@@ -429,7 +429,7 @@ def test_machines_from_a_queue_are_given_back_when_they_are_wanted():
     close, requeue, finish = one_attempt(supervisor, 1.0, WANTED, *ends)
     assert close.retry.again
     assert close.retry.why == "interruption 1 of 1, back to the queue"
-    assert (requeue, finish.exit_code) == (Requeue(()), 75)
+    assert (requeue.without, finish.exit_code) == ((), 75)
 
 
 def test_after_a_failure_they_are_kept_unless_one_is_leaving():
@@ -447,7 +447,8 @@ def test_a_lost_machine_is_given_back():
     supervisor = queued(restart={"max_preemptions": 1})
     gone = [lost("h1", 1), told(0, -15, 1, since=1), told(2, -15, 1, since=1)]
     _, requeue, finish = one_attempt(supervisor, 1.0, *gone)
-    assert (requeue, finish.exit_code) == (Requeue(("h1",)), 75)
+    assert (requeue.without, finish.exit_code) == (("h1",), 75)
+    assert requeue.delay_seconds > 0
 
 
 def test_nothing_is_put_back_when_the_budget_is_used_up_or_between_attempts():

@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from launch import contract, live, rundir
-from launch.backends.slurm import client, jobs, submission
+from launch import contract, live, rundir, submission
+from launch.backends.slurm import client, jobs
 from launch.backends.slurm.hostlist import expand
 from launch.backends.slurm.machines import SlurmMachines
 from launch.control import control
-from launch.events import Failure, Requeue, Verdict
+from launch.events import Requeue
 from launch.ownership import InUseError, RunDir
 from launch.request import Request, fits
-from launch.restart import Outcome
+from launch.restart import Outcome, outcome_of
 from launch.spec import ConfigError
 
 _TAKE_SECONDS = 120.0  # How long an earlier start of this job may still hold the run.
@@ -132,26 +131,10 @@ def history(workdir: Path, job_id: str) -> tuple[Outcome, ...]:
     """How the attempts of this job have ended, those of its earlier starts too."""
     records_of = [rundir.attempt_record(workdir, n) for n in rundir.attempt_numbers(workdir)]
     return tuple(
-        _outcome(record)
+        outcome_of(record)
         for record in records_of
         if record.get("backend_ids", [])[:1] == [job_id] and record.get("cause")
     )
-
-
-def _outcome(record: Mapping[str, Any]) -> Outcome:
-    raised = record.get("exception")
-    failure = None
-    if raised:
-        failure = Failure(raised["type"], raised["message"], raised["traceback"], 0.0)
-    verdict = Verdict(
-        record["cause"],
-        int(record.get("exit_code", contract.EXIT_FAILED)),
-        record.get("message", ""),
-        record.get("guilty_process"),
-        record.get("guilty_host"),
-        failure=failure,
-    )
-    return Outcome(verdict, record.get("guilty_step"), record.get("last_step"))
 
 
 def _requeue(request: Request, job_id: str, action: Requeue, machines: SlurmMachines) -> None:

@@ -114,6 +114,10 @@ class SlurmMachines:
 
     # ------------------------------------------------------------------ the agents
 
+    def adopted(self) -> Attempt | None:
+        """See launch.controller.Backend: what a controller has left is ended, not followed."""
+        return None
+
     @contextmanager
     def agents(
         self, hosts: Sequence[str], attempt: Attempt

@@ -8,9 +8,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch import attach, contract, rundir
+from launch import attach, contract, rundir, submission
 from launch.backends.host_plan import AttemptSpec
-from launch.backends.slurm import client, jobs, script, step, submission
+from launch.backends.slurm import client, jobs, script, step
 from launch.backends.slurm.follow import follow
 from launch.backends.slurm.jobs import AskedJob
 from launch.backends.slurm.machines import needed_seconds, save_seconds

@@ -1,4 +1,5 @@
-"""submission.json: what a job is to run, kept from its submission until it has its nodes."""
+"""submission.json: what a run is to do, kept for whoever does it when the command has long ended: a
+job that waits for its nodes, or another controller."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from launch.request import Request
 from launch.spec import ConfigError, cluster_spec, plain
 
 CONFIG = "submitted_config.py"  # What it trains.
-SUBMISSION = "submission.json"  # What the run's newest job runs.
+SUBMISSION = "submission.json"
 
 
 def write_submission(run: Path, request: Request) -> None:
@@ -87,7 +88,7 @@ def get_config() -> config_dict.ConfigDict:
 _VALUES = {text}
 '''
 
-_SECTIONS = ("restart", "watch", "slurm")
+_SECTIONS = ("restart", "watch", "slurm", "tpu")
 
 
 def read_submission(run: Path, env: Mapping[str, str]) -> Request:

@@ -1,0 +1,469 @@
+"""A run's slices: asked for, waited for, made anew, given back; all by way of the ledger."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from launch import rundir
+from launch.backends.tpu import commands, gcloud
+from launch.backends.tpu.commands import NODE, QUEUED
+from launch.backends.tpu.gcloud import EXISTS, MISSING, QUOTA, STOCKOUT, GcloudError
+from launch.backends.tpu.ledger import Asked, Ledger
+from launch.backends.tpu.nodes import (
+    ACTIVE,
+    COMING,
+    DEAD,
+    GONE,
+    READY,
+    Node,
+    Queued,
+    list_nodes,
+    list_queued,
+    look_at,
+)
+from launch.contract import utc
+from launch.spec import Cluster, ConfigError
+from launch.times import duration, seconds_of
+
+_PATIENCE_SECONDS = 900.0  # So long an API that gives no answer is asked again.
+_RETRY_SECONDS = 5.0
+_MAKE_SECONDS = 1800.0  # A node that is being made for longer will not come.
+_DELETE_TRIES = 5
+_STOCKOUT_SECONDS = 60.0  # Between two rounds through the zones, when none has anything.
+_SAID_EVERY_SECONDS = 300.0  # A wait in which nothing changes is told again after this.
+
+
+class Fleet:
+    """The machines of one run. `pause` is how it waits: it may raise, and nothing is lost then."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        ledger: Ledger,
+        say: Callable[[str], None],
+        pause: Callable[[float], None],
+    ):
+        """Takes what the run wants and what it has.
+
+        Args:
+          cluster: a TPU cluster.
+          ledger: of the run.
+          say: tells the user a line.
+          pause: waits so many seconds; raises when the run is to stop.
+        """
+        self._cluster = cluster
+        self._spec = cluster.tpu
+        self._ledger = ledger
+        self._say = say
+        self._pause = pause
+        self._next_zone = 0
+        self._rounds = 0  # Times that all zones were tried.
+        self._told = ("", 0.0)
+        self._began = time.monotonic()
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """By which everything of this run is found again."""
+        run, user = self._ledger.run_id.lower(), rundir.user_name().lower()
+        user = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in user)
+        return {**self._spec.labels, commands.RUN_LABEL: run, "muster-user": user[:63]}
+
+    # ------------------------------------------------------------------ getting
+
+    def acquire(self) -> list[Node]:
+        """Have all slices, READY; waits as long as that takes.
+
+        Returns:
+          The nodes in order of their slices.
+
+        Raises:
+          ConfigError: it cannot be, whatever the wait.
+        """
+        self._began = time.monotonic()
+        if self._spec.nodes:
+            return self._adopt()
+        self.reconcile()
+        while True:
+            try:
+                nodes = self._queued() if self._spec.way == "queued" else self._direct()
+            except GcloudError as error:
+                self._fail(error)
+                nodes = None
+            if nodes is not None:
+                return nodes
+
+    def _adopt(self) -> list[Node]:
+        """Nodes that were there before."""
+        spec, zone = self._spec, self._spec.zones[0]
+        while True:
+            there = self._ask(lambda: list_nodes(self._spec.project, zone))
+            nodes = [there.get(name, Node(name)) for name in self._spec.nodes]
+            for node in nodes:
+                if node.state == GONE:
+                    known = ", ".join(sorted(there)[:8]) or "none"
+                    rule = f"there is no such node in {zone}; there are: {known}"
+                    raise ConfigError("cluster.tpu.nodes", rule, node.name)
+                if node.state != READY and node.state not in COMING:
+                    rule = f"is {node.state}; start it, or take another"
+                    raise ConfigError("cluster.tpu.nodes", rule, node.name)
+            if not self._ledger.open:
+                names = self._spec.nodes
+                asked = Asked(
+                    NODE, ",".join(names), spec.project, zone, names, self._chips, utc(time.time())
+                )
+                asked.owned = False
+                self._ledger.asked.append(asked)
+            if all(node.state == READY for node in nodes):
+                self._note_held(self._ledger.open[-1])
+                return nodes
+            self._wait(", ".join(f"{node.name} is {node.state}" for node in nodes))
+
+    @property
+    def _chips(self) -> int:
+        return self._cluster.slice.chips * self._cluster.slices
+
+    def _queued(self) -> list[Node] | None:
+        """One look at the queued resource, which is asked for if there is none."""
+        asked = self._ledger.owned[-1] if self._ledger.owned else None
+        if asked is None:
+            asked = self._intend(QUEUED, self._zone, len(self._ledger.asked))
+        if asked.state is None:
+            self._create(asked)
+        queued = self._ask(lambda: look_at(asked))
+        assert isinstance(queued, Queued)
+        self._see(asked, queued.state)
+        if queued.state == GONE:
+            self._say(f"muster: {asked.name} is no more: somebody has deleted it")
+            self._close(asked)
+            self._wait(f"{asked.zone}: asking anew")
+            return None
+        if queued.state in DEAD or queued.state == "DELETING":
+            why = f": {queued.why}" if queued.why else ""
+            self._say(f"muster: {asked.name} in {asked.zone} is {queued.state}{why}")
+            self.delete([asked])
+            if queued.state == "FAILED":
+                raise gcloud.understand(queued.why or "it FAILED, and the API does not say why")
+            return None
+        if queued.state != ACTIVE:
+            self._wait_in_queue(asked, queued)
+            return None
+        return self._ready([asked])
+
+    def _wait_in_queue(self, asked: Asked, queued: Queued) -> None:
+        """Wait a little more, or leave the queue of this zone."""
+        waited = time.time() - (seconds_of(asked.asked_at) or time.time())
+        limit = self._spec.queue_seconds
+        if limit is not None and waited > limit:
+            message = f"{asked.name} has waited for {duration(waited)} in {asked.zone}"
+            self._say(f"muster: {message}, and tpu.queue_seconds is {limit:g}")
+            self.delete([asked])
+            raise GcloudError(STOCKOUT, message, "raise tpu.queue_seconds, or add to tpu.zones")
+        self._wait(
+            f"{asked.name} in {asked.zone} is {queued.state}, asked for {duration(waited)} ago"
+        )
+
+    def _direct(self) -> list[Node] | None:
+        """Create the nodes, all in one zone."""
+        open_ = self._ledger.owned
+        zone = open_[0].zone if open_ else self._zone
+        missing = self._cluster.slices - len(open_)
+        first = len(self._ledger.asked)
+        asked = [*open_, *(self._intend(NODE, zone, first + i) for i in range(missing))]
+        new = [one for one in asked if one.state is None]
+        errors = self._create_all(new)
+        if errors:
+            if any(error.kind == STOCKOUT for error in errors):
+                self.delete(self._ledger.owned)  # All or nothing: slices must be in one zone.
+            raise errors[0]
+        return self._ready(asked)
+
+    def _create_all(self, asked: Sequence[Asked]) -> list[GcloudError]:
+        """Create nodes side by side, for gcloud waits until they are there."""
+        errors: list[GcloudError] = []
+
+        def one(each: Asked) -> None:
+            try:
+                self._create(each, wait=time.sleep)
+            except GcloudError as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=one, args=(each,), daemon=True) for each in asked]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            waited = duration(time.monotonic() - self._began)
+            names = ", ".join(each.name for each in asked)
+            self._tell(f"{names} in {asked[0].zone}: being created, asked for {waited} ago")
+            self._pause(0.1)
+        return errors
+
+    def _ready(self, asked: Sequence[Asked]) -> list[Node] | None:
+        """The nodes, if they are all in order; else waits, or makes those that are not anew."""
+        zone = asked[0].zone
+        there = self._ask(lambda: list_nodes(self._spec.project, zone))
+        found = [(one, there.get(name, Node(name))) for one in asked for name in one.nodes]
+        for one in asked:
+            if one.kind == NODE:
+                self._see(one, there.get(one.name, Node(one.name)).state)
+        broken = {id(one): one for one, node in found if node.state not in (READY, *COMING)}
+        for one in asked:
+            age = time.time() - (seconds_of(one.state_since) or time.time())
+            if one.kind == NODE and one.state in COMING and age > _MAKE_SECONDS:
+                broken[id(one)] = one
+        if broken:
+            states = ", ".join(f"{node.name} is {node.state}" for one, node in found
+                               if id(one) in broken)  # fmt: skip
+            self._say(f"muster: {states}: deleted, to be made anew")
+            self.delete(list(broken.values()))
+            return None
+        if all(node.state == READY and node.addresses for _, node in found):
+            for one in asked:
+                self._note_held(one)
+            return [node for _, node in found]
+        self._wait(", ".join(f"{node.name} is {node.state}" for _, node in found))
+        return None
+
+    # ------------------------------------------------------------------ asking
+
+    @property
+    def _zone(self) -> str:
+        return self._spec.zones[self._next_zone % len(self._spec.zones)]
+
+    def _intend(self, kind: str, zone: str, number: int) -> Asked:
+        """Write down what is about to be asked for."""
+        name = commands.resource_name(self._ledger.run_id, number)
+        nodes = commands.node_names(self._cluster, name) if kind == QUEUED else (name,)
+        chips = self._chips if kind == QUEUED else self._cluster.slice.chips
+        now = utc(time.time())
+        asked = Asked(kind, name, self._spec.project, zone, nodes, chips, now)
+        if not self._ledger.asked:
+            self._ledger.created_at = now
+        self._ledger.asked.append(asked)
+        self._ledger.write()
+        return asked
+
+    def _create(self, asked: Asked, wait: Callable[[float], None] | None = None) -> None:
+        """Ask for it. To ask twice gives one: the name is its own."""
+        argv = commands.create(self._cluster, asked.kind, asked.zone, asked.name, self.labels)
+        try:
+            self._ask(lambda: gcloud.run(argv, timeout_seconds=gcloud.LONG_SECONDS), wait)
+        except GcloudError as error:
+            # gcloud itself asks again when it got no answer, and may then find its own work.
+            if error.kind == EXISTS:
+                self._check_ours(asked)
+            else:
+                if asked.kind == NODE and self._is_there(asked):
+                    asked.see("FAILED")
+                    self.delete([asked])
+                else:
+                    self._close(asked)
+                raise
+        asked.see("ASKED")
+        self._ledger.write()
+
+    def _check_ours(self, asked: Asked) -> None:
+        there = self._ask(lambda: look_at(asked))
+        run = self._ledger.run_id.lower()
+        if there.state != GONE and there.labels.get(commands.RUN_LABEL) != run:
+            asked.owned = False
+            self._close(asked)
+            raise GcloudError("name", f"there is another {asked.name}, which this run has not made")
+
+    def _is_there(self, asked: Asked) -> bool:
+        """Whether a creation that failed has left something behind; if unknown, yes."""
+        try:
+            return look_at(asked).state != GONE
+        except GcloudError:
+            return True
+
+    def _ask(self, ask: Callable[[], Any], wait: Callable[[float], None] | None = None) -> Any:
+        """Ask, again and again while there is no answer; what it says."""
+        limit = time.monotonic() + _PATIENCE_SECONDS
+        seconds = _RETRY_SECONDS / 4
+        while True:
+            try:
+                return ask()
+            except GcloudError as error:
+                if error.kind != gcloud.UNAVAILABLE or time.monotonic() > limit:
+                    raise
+                self._tell(f"Google Cloud gives no answer, asked again: {error.said}")
+            (wait or self._pause)(seconds)
+            seconds = min(60.0, seconds * 2)
+
+    def _fail(self, error: GcloudError) -> None:
+        """What an error means for the run: another zone, a wait, or its end.
+
+        Raises:
+          ConfigError: the end.
+        """
+        last = self._next_zone % len(self._spec.zones) == len(self._spec.zones) - 1
+        here = self._zone
+        if error.kind not in (STOCKOUT, QUOTA, "zone", "accelerator") and not error.passes:
+            raise self._refused(error, here)
+        self._next_zone += 1
+        if not last:
+            self._say(f"muster: {here}: {error.kind}: {error.said}; trying {self._zone}")
+            return
+        if error.kind != STOCKOUT:
+            raise self._refused(error, here)
+        self._rounds += 1
+        waited = time.monotonic() - self._began
+        limit = self._spec.queue_seconds
+        if limit is not None and waited > limit:
+            raise self._refused(error, ", ".join(self._spec.zones))
+        self._say(
+            f"muster: no zone has it ({', '.join(self._spec.zones)}): {error.said}; "
+            f"tried again in {duration(_STOCKOUT_SECONDS)}"
+        )
+        self._pause(_STOCKOUT_SECONDS)
+
+    def _refused(self, error: GcloudError, zone: str) -> ConfigError:
+        field = {
+            "zone": "cluster.tpu.zones",
+            "accelerator": "cluster.accelerator",
+            "runtime version": "cluster.tpu.runtime_version",
+        }.get(error.kind, "")
+        rule = f"Google Cloud refuses it in {zone}: {error}"
+        if not field:
+            return ConfigError("", rule)
+        values = {
+            "cluster.tpu.zones": zone,
+            "cluster.accelerator": self._cluster.accelerator,
+            "cluster.tpu.runtime_version": self._spec.runtime_version,
+        }
+        return ConfigError(field, rule, values[field])
+
+    # ------------------------------------------------------------------ giving back
+
+    def reconcile(self) -> None:
+        """Bring ledger and API together: what is in one and not in the other, and is ours."""
+        for asked in self._ledger.owned:
+            there = self._ask(functools.partial(look_at, asked))
+            if there.state == GONE:
+                if asked.state is not None:
+                    self._close(asked)  # Else it was never asked for: it is now.
+            elif there.state != asked.state:
+                self._see(asked, there.state)
+        zones = {(one.project, one.zone) for one in self._ledger.asked}
+        for project, zone in sorted(zones, key=str):
+            self.delete(self._strays(project, zone))
+        # One is enough: an earlier one that nobody could close is given back.
+        if self._spec.way == "queued":
+            self.delete(self._ledger.owned[:-1])
+
+    def _strays(self, project: str | None, zone: str) -> list[Asked]:
+        """What carries this run's label and the ledger does not know as open."""
+        run = self._ledger.run_id.lower()
+        known = {one.name for one in self._ledger.open}
+        known |= {name for one in self._ledger.open for name in one.nodes}
+        found = [
+            (QUEUED, one.name, one.labels)
+            for one in self._ask(lambda: list_queued(project, zone)).values()
+        ]
+        found += [
+            (NODE, one.name, one.labels)
+            for one in self._ask(lambda: list_nodes(project, zone)).values()
+        ]
+        strays = []
+        for kind, name, labels in found:
+            if labels.get(commands.RUN_LABEL) == run and name not in known:
+                known.add(name)
+                known |= {f"{name}-{i}" for i in range(self._cluster.slices)}
+                stray = Asked(kind, name, project, zone, (name,), 0, utc(time.time()), "FOUND")
+                self._ledger.asked.append(stray)
+                strays.append(stray)
+        return strays
+
+    def delete(self, asked: Sequence[Asked]) -> list[Asked]:
+        """Delete things and see that they are gone; what is still there is returned, and stays in
+        the ledger."""
+        asked = [one for one in asked if one.owned and one.open]
+        if not asked:
+            return []
+        with ThreadPoolExecutor(min(16, len(asked))) as pool:
+            gone = list(pool.map(self._delete, asked))
+        self._ledger.write()
+        return [one for one, ok in zip(asked, gone, strict=True) if not ok]
+
+    def _delete(self, asked: Asked) -> bool:
+        argv = commands.delete(asked.project, asked.kind, asked.zone, asked.name)
+        for number in range(_DELETE_TRIES):
+            try:
+                gcloud.run(argv, timeout_seconds=gcloud.LONG_SECONDS)
+            except GcloudError as error:
+                if error.kind != MISSING:
+                    self._say(f"muster: {asked.name} is not deleted yet: {error.said}")
+            try:
+                if look_at(asked).state == GONE:
+                    asked.see(GONE)
+                    asked.ended_at = utc(time.time())
+                    return True
+            except GcloudError as error:
+                self._say(f"muster: whether {asked.name} is deleted is not known: {error.said}")
+            time.sleep(min(30.0, 2.0**number / 2))
+        return False
+
+    def release(self) -> list[Asked]:
+        """Give back everything that is owned, at the end of the run; what could not be."""
+        owned = self._ledger.owned
+        for asked in self._ledger.open:
+            if not asked.owned:
+                asked.ended_at = utc(time.time())
+        left = self.delete(owned)
+        self._ledger.write()
+        names = ", ".join(one.name for one in owned if one not in left)
+        if names:
+            self._say(f"muster: deleted {names}")
+        for one in left:
+            shown = " ".join(commands.delete(one.project, one.kind, one.zone, one.name))
+            self._say(f"muster: error: {one.name} could not be deleted; `muster gc`, or: {shown}")
+        return left
+
+    # ------------------------------------------------------------------ keeping the books
+
+    def _see(self, asked: Asked, state: str) -> None:
+        if asked.see(state):
+            self._ledger.write()
+
+    def _close(self, asked: Asked) -> None:
+        asked.see(GONE)
+        asked.ended_at = utc(time.time())
+        self._ledger.write()
+
+    def _note_held(self, asked: Asked) -> None:
+        if asked.held_at is None:
+            asked.held_at = utc(time.time())
+        self._ledger.write()
+
+    def _wait(self, what: str) -> None:
+        """Wait until the next look."""
+        self._tell(what)
+        self._pause(self._spec.poll_seconds)
+
+    def _tell(self, what: str) -> None:
+        """Say what is waited for, when it has changed but for its age, or now and then."""
+        key = what.partition(", asked for")[0]
+        told, at = self._told
+        if key != told or time.monotonic() > at + _SAID_EVERY_SECONDS:
+            self._told = (key, time.monotonic())
+            self._say(f"muster: {what}")
+
+
+def cost(ledger: Ledger, price: float | None, now: float) -> Mapping[str, float | None]:
+    """What a run's machines have cost so far.
+
+    Args:
+      ledger: of the run.
+      price: of a chip's hour; None if the user has named none.
+      now: seconds since the epoch.
+
+    Returns:
+      `chip_hours` and `cost`; the cost is None without a price.
+    """
+    hours = sum(one.chips * one.held_seconds(now) for one in ledger.asked) / 3600
+    return {"chip_hours": hours, "cost": None if price is None else hours * price}

@@ -1,0 +1,159 @@
+"""The `gcloud` command line, and what its errors mean."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from launch import command
+from launch.spec import ConfigError
+
+# Nobody is there to be asked, and what is printed is for a program.
+ALWAYS = ("--quiet", "--format=json")
+QUICK_SECONDS = 120.0  # gcloud itself tries what failed again for half a minute.
+LONG_SECONDS = 3600.0  # For what follows an operation to its end.
+
+STOCKOUT = "stockout"
+QUOTA = "quota"
+EXISTS = "exists"
+MISSING = "missing"
+UNAVAILABLE = "unavailable"  # For now: asked again, it may answer.
+
+# What tells them apart, in this order; the kind, and what to do. Of Google's error texts only words
+# are looked for that name the thing, for sentences change.
+_KINDS: tuple[tuple[str, str, str], ...] = (
+    (
+        r"no more capacity|stockout|out of capacity|insufficient capacity",
+        STOCKOUT,
+        "try other zones (tpu.zones), tpu.provisioning='spot', or wait with tpu.way='queued'",
+    ),
+    (
+        r"quota.{0,200}exceeded|exceeded.{0,80}quota|Quota limit",
+        QUOTA,
+        "free machines (`muster gc` finds forgotten ones), ask for more quota at "
+        "console.cloud.google.com/iam-admin/quotas, or take a smaller accelerator",
+    ),
+    (
+        r"SERVICE_DISABLED|has not been used in project|it is disabled",
+        "disabled",
+        "enable it: gcloud services enable tpu.googleapis.com",
+    ),
+    (
+        r"locations/[^'\" ]+['\"]? ?\(or it may not exist\)|[Ll]ocation .{0,120}not found"
+        r"|is not a valid (zone|location)|unexpected location|Location .{0,80}is not valid",
+        "zone",
+        "the zone does not exist, or the project may not use it; `gcloud compute tpus locations "
+        "list` shows those there are",
+    ),
+    (
+        r"[Aa]ccelerator ?[Tt]ype.{0,200}(not|invalid|unknown)|(invalid|unknown) accelerator",
+        "accelerator",
+        "the zone does not have this type; `gcloud compute tpus accelerator-types list "
+        "--zone=ZONE` shows those it has",
+    ),
+    (
+        r"runtime.?version.{0,120}(not|invalid)|(invalid|unknown) runtime",
+        "runtime version",
+        "`gcloud compute tpus versions list --zone=ZONE` shows those there are",
+    ),
+    (
+        r"active account|gcloud auth login|[Rr]eauthentication|refreshing your current auth"
+        r"|UNAUTHENTICATED|invalid authentication|application-default",
+        "login",
+        "log in: gcloud auth login",
+    ),
+    (
+        r"PERMISSION_DENIED|\b403\b|does not have permission|Required .{0,80} permission",
+        "permission",
+        "your account needs the role roles/tpu.admin in the project, and "
+        "roles/iam.serviceAccountUser on the VMs' service account",
+    ),
+    (r"ALREADY_EXISTS|already exists|\b409\b", EXISTS, ""),
+    (r"NOT_FOUND|was not found|not found|\b404\b", MISSING, ""),
+    (
+        r"UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|\b(429|500|502|503|504)\b"
+        r"|[Cc]onnection|timed? ?out|Temporary failure|Remote end closed|gave no answer",
+        UNAVAILABLE,
+        "",
+    ),
+)
+
+
+class GcloudError(Exception):
+    """gcloud did not do what it was asked for.
+
+    Attributes:
+      kind: STOCKOUT, QUOTA, EXISTS, MISSING, UNAVAILABLE, or another word for what is wrong.
+      said: its own words, in one line.
+      advice: what to do; "" where there is nothing.
+    """
+
+    def __init__(self, kind: str, said: str, advice: str = ""):
+        self.kind = kind
+        self.said = said
+        self.advice = advice
+        super().__init__(f"{kind}: {said}" + (f"; {advice}" if advice else ""))
+
+    @property
+    def passes(self) -> bool:
+        """Whether it may be different a little later, with the user doing nothing."""
+        return self.kind in (STOCKOUT, UNAVAILABLE)
+
+
+def understand(text: str) -> GcloudError:
+    """What an error of gcloud's means, or one that the API keeps with a resource."""
+    said = _one_line(text)
+    for pattern, kind, advice in _KINDS:
+        if re.search(pattern, said):
+            return GcloudError(kind, said, advice)
+    return GcloudError("gcloud", said)
+
+
+def _one_line(text: str) -> str:
+    """gcloud's own words without its warnings and decoration."""
+    start = text.rfind("ERROR:")
+    said = " ".join(text[max(start, 0) :].split())
+    said = re.sub(r"^ERROR: (\([\w.-]+\) )?", "", said)
+    return said[:600] or "it said nothing"
+
+
+def run(
+    argv: Sequence[str], *, timeout_seconds: float = QUICK_SECONDS, json_output: bool = True
+) -> Any:
+    """Run a gcloud command; what it prints.
+
+    Args:
+      argv: as `commands` gives it.
+      timeout_seconds: how long it may take.
+      json_output: whether that is JSON.
+
+    Raises:
+      GcloudError: it failed.
+    """
+    done = command.run(argv, timeout_seconds=timeout_seconds)
+    if not done.ok:
+        raise understand(done.err or done.out or done.last_word)
+    if not json_output:
+        return done.out
+    try:
+        return json.loads(done.out) if done.out.strip() else {}
+    except ValueError:
+        raise GcloudError("gcloud", f"no JSON: {done.out[:200]!r}") from None
+
+
+def check_installed() -> None:
+    """Refuse to go on without gcloud and ssh.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    for name, advice in (
+        ("gcloud", "install it: cloud.google.com/sdk/docs/install"),
+        ("ssh", "install OpenSSH's client"),
+    ):
+        if shutil.which(name) is None:
+            rule = f"backend 'tpu' needs the command `{name}`, which is not on the PATH; {advice}"
+            raise ConfigError("", rule)
