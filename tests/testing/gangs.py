@@ -49,11 +49,10 @@ class MusterCommand:
         return subprocess.Popen(
             self.command(*flags, program=program),
             cwd=self.folder,
-            env=environment(),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            **options,
+            **{"env": environment(), **options},
         )
 
     def run(self, *flags: str, program: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -7,14 +7,22 @@ from pathlib import Path
 import pytest
 
 from tests.testing import tpu_cloud
+from tests.testing.gangs import ROOT
 from tests.testing.packages import missing
 from tests.testing.tpu_hosts import TpuHosts
+from tests.testing.tpu_muster import TpuMuster
 
 ADDRESSES = 8  # Two nodes of four VMs each.
 
 
 @pytest.fixture(scope="session")
-def tpu_hosts():
+def storage_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all VMs and this machine share."""
+    return tmp_path_factory.mktemp("storage", numbered=True)
+
+
+@pytest.fixture(scope="session")
+def tpu_hosts(storage_root: Path):
     """Addresses at which TPU VMs can be booted."""
     packages = tpu_cloud.missing_packages()
     if packages:
@@ -23,7 +31,7 @@ def tpu_hosts():
         missing("root's rights, which VMs of namespaces need,")
     with tempfile.TemporaryDirectory(prefix="muster-tpu-") as root:
         try:
-            hosts = TpuHosts(Path(root), ADDRESSES)
+            hosts = TpuHosts(Path(root), ADDRESSES, shared=(ROOT, storage_root))
         except OSError as error:
             missing(f"loopback addresses with a free port 22 ({error})")
         yield hosts
@@ -43,3 +51,17 @@ def cloud(tpu_hosts: TpuHosts, ssh_key: Path, tmp_path: Path):
     """A project without nodes, its API and its VMs."""
     with tpu_cloud.running(tmp_path / "cloud", tpu_hosts, ssh_key) as cloud:
         yield cloud
+
+
+@pytest.fixture
+def storage(storage_root: Path, tmp_path: Path) -> Path:
+    """A directory of this test in what is shared."""
+    folder = storage_root / tmp_path.name
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def muster(cloud, tmp_path: Path, storage: Path):
+    """`muster` with one slice of four VMs."""
+    yield TpuMuster(tmp_path / "code", cloud, storage)
