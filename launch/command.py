@@ -7,6 +7,8 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 
+from launch.agent.processes import die_with_parent
+
 
 @dataclasses.dataclass(frozen=True)
 class Done:
@@ -58,6 +60,8 @@ def run(
             timeout=timeout_seconds,
             check=False,
             start_new_session=True,
+            # What it is asked for must not happen when nobody is left who would know of it.
+            preexec_fn=die_with_parent(os.getpid()),
         )
     except subprocess.TimeoutExpired:
         return Done(words, None, "", f"{words[0]} gave no answer in {timeout_seconds:g} s")

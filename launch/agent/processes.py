@@ -11,23 +11,25 @@ _PR_SET_CHILD_SUBREAPER = 36
 _SWEEP_SECONDS = 2.0  # How long a killed process may take to be gone; longer only in a stuck I/O.
 
 
-def _prctl(option, value):
-    """Call prctl(2) where there is one (Linux)."""
+def _find_prctl():
+    """A call of prctl(2) where there is one (Linux)."""
     function = getattr(ctypes.CDLL(None), "prctl", None)
-    if function:
-        function(option, value, 0, 0, 0)
+    return lambda option, value: function and function(option, value, 0, 0, 0)
 
 
 def become_subreaper():
     """Make orphans among this process's descendants its own children."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    _find_prctl()(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(parent):
-    """A function for a new child to call: the kernel kills it when its parent dies."""
+    """A function for a new child to call: the kernel kills it when its parent dies, or the thread
+    of it that has started the child."""
+
+    prctl = _find_prctl()  # Before the fork: the child of a process with threads does little.
 
     def arrange():
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # It died before the line above took effect.
             os._exit(1)
 

@@ -1,18 +1,16 @@
-"""A run's slices: asked for, waited for, made anew, given back; all by way of the ledger."""
+"""A run's slices: asked for, waited for, made anew; all by way of the ledger."""
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from launch import rundir
 from launch.backends.tpu import commands, gcloud
 from launch.backends.tpu.commands import NODE, QUEUED
-from launch.backends.tpu.gcloud import EXISTS, MISSING, QUOTA, STOCKOUT, GcloudError
+from launch.backends.tpu.gcloud import EXISTS, QUOTA, STOCKOUT, GcloudError
+from launch.backends.tpu.holdings import Holdings
 from launch.backends.tpu.ledger import Asked, Ledger
 from launch.backends.tpu.nodes import (
     ACTIVE,
@@ -23,23 +21,19 @@ from launch.backends.tpu.nodes import (
     Node,
     Queued,
     list_nodes,
-    list_queued,
     look_at,
 )
 from launch.contract import utc
 from launch.spec import Cluster, ConfigError
 from launch.times import duration, seconds_of
 
-_PATIENCE_SECONDS = 900.0  # So long an API that gives no answer is asked again.
-_RETRY_SECONDS = 5.0
 _MAKE_SECONDS = 1800.0  # A node that is being made for longer will not come.
-_DELETE_TRIES = 5
 _STOCKOUT_SECONDS = 60.0  # Between two rounds through the zones, when none has anything.
 _SAID_EVERY_SECONDS = 300.0  # A wait in which nothing changes is told again after this.
 
 
-class Fleet:
-    """The machines of one run. `pause` is how it waits: it may raise, and nothing is lost then."""
+class Fleet(Holdings):
+    """The machines that one run wants; see Holdings."""
 
     def __init__(
         self,
@@ -56,11 +50,9 @@ class Fleet:
           say: tells the user a line.
           pause: waits so many seconds; raises when the run is to stop.
         """
+        super().__init__(ledger, say, pause)
         self._cluster = cluster
         self._spec = cluster.tpu
-        self._ledger = ledger
-        self._say = say
-        self._pause = pause
         self._next_zone = 0
         self._rounds = 0  # Times that all zones were tried.
         self._told = ("", 0.0)
@@ -88,6 +80,9 @@ class Fleet:
         if self._spec.nodes:
             return self._adopt()
         self.reconcile()
+        if self._spec.way == "queued":
+            # One is enough: an earlier one that nobody could close is given back.
+            self.delete(self._ledger.owned[:-1])
         while True:
             try:
                 nodes = self._queued() if self._spec.way == "queued" else self._direct()
@@ -281,20 +276,6 @@ class Fleet:
         except GcloudError:
             return True
 
-    def _ask(self, ask: Callable[[], Any], wait: Callable[[float], None] | None = None) -> Any:
-        """Ask, again and again while there is no answer; what it says."""
-        limit = time.monotonic() + _PATIENCE_SECONDS
-        seconds = _RETRY_SECONDS / 4
-        while True:
-            try:
-                return ask()
-            except GcloudError as error:
-                if error.kind != gcloud.UNAVAILABLE or time.monotonic() > limit:
-                    raise
-                self._tell(f"Google Cloud gives no answer, asked again: {error.said}")
-            (wait or self._pause)(seconds)
-            seconds = min(60.0, seconds * 2)
-
     def _fail(self, error: GcloudError) -> None:
         """What an error means for the run: another zone, a wait, or its end.
 
@@ -338,107 +319,7 @@ class Fleet:
         }
         return ConfigError(field, rule, values[field])
 
-    # ------------------------------------------------------------------ giving back
-
-    def reconcile(self) -> None:
-        """Bring ledger and API together: what is in one and not in the other, and is ours."""
-        for asked in self._ledger.owned:
-            there = self._ask(functools.partial(look_at, asked))
-            if there.state == GONE:
-                if asked.state is not None:
-                    self._close(asked)  # Else it was never asked for: it is now.
-            elif there.state != asked.state:
-                self._see(asked, there.state)
-        zones = {(one.project, one.zone) for one in self._ledger.asked}
-        for project, zone in sorted(zones, key=str):
-            self.delete(self._strays(project, zone))
-        # One is enough: an earlier one that nobody could close is given back.
-        if self._spec.way == "queued":
-            self.delete(self._ledger.owned[:-1])
-
-    def _strays(self, project: str | None, zone: str) -> list[Asked]:
-        """What carries this run's label and the ledger does not know as open."""
-        run = self._ledger.run_id.lower()
-        known = {one.name for one in self._ledger.open}
-        known |= {name for one in self._ledger.open for name in one.nodes}
-        found = [
-            (QUEUED, one.name, one.labels)
-            for one in self._ask(lambda: list_queued(project, zone)).values()
-        ]
-        found += [
-            (NODE, one.name, one.labels)
-            for one in self._ask(lambda: list_nodes(project, zone)).values()
-        ]
-        strays = []
-        for kind, name, labels in found:
-            if labels.get(commands.RUN_LABEL) == run and name not in known:
-                known.add(name)
-                known |= {f"{name}-{i}" for i in range(self._cluster.slices)}
-                stray = Asked(kind, name, project, zone, (name,), 0, utc(time.time()), "FOUND")
-                self._ledger.asked.append(stray)
-                strays.append(stray)
-        return strays
-
-    def delete(self, asked: Sequence[Asked]) -> list[Asked]:
-        """Delete things and see that they are gone; what is still there is returned, and stays in
-        the ledger."""
-        asked = [one for one in asked if one.owned and one.open]
-        if not asked:
-            return []
-        with ThreadPoolExecutor(min(16, len(asked))) as pool:
-            gone = list(pool.map(self._delete, asked))
-        self._ledger.write()
-        return [one for one, ok in zip(asked, gone, strict=True) if not ok]
-
-    def _delete(self, asked: Asked) -> bool:
-        argv = commands.delete(asked.project, asked.kind, asked.zone, asked.name)
-        for number in range(_DELETE_TRIES):
-            try:
-                gcloud.run(argv, timeout_seconds=gcloud.LONG_SECONDS)
-            except GcloudError as error:
-                if error.kind != MISSING:
-                    self._say(f"muster: {asked.name} is not deleted yet: {error.said}")
-            try:
-                if look_at(asked).state == GONE:
-                    asked.see(GONE)
-                    asked.ended_at = utc(time.time())
-                    return True
-            except GcloudError as error:
-                self._say(f"muster: whether {asked.name} is deleted is not known: {error.said}")
-            time.sleep(min(30.0, 2.0**number / 2))
-        return False
-
-    def release(self) -> list[Asked]:
-        """Give back everything that is owned, at the end of the run; what could not be."""
-        owned = self._ledger.owned
-        for asked in self._ledger.open:
-            if not asked.owned:
-                asked.ended_at = utc(time.time())
-        left = self.delete(owned)
-        self._ledger.write()
-        names = ", ".join(one.name for one in owned if one not in left)
-        if names:
-            self._say(f"muster: deleted {names}")
-        for one in left:
-            shown = " ".join(commands.delete(one.project, one.kind, one.zone, one.name))
-            self._say(f"muster: error: {one.name} could not be deleted; `muster gc`, or: {shown}")
-        return left
-
-    # ------------------------------------------------------------------ keeping the books
-
-    def _see(self, asked: Asked, state: str) -> None:
-        if asked.see(state):
-            self._ledger.write()
-
-    def _close(self, asked: Asked) -> None:
-        asked.see(GONE)
-        asked.ended_at = utc(time.time())
-        self._ledger.write()
-
-    def _note_held(self, asked: Asked) -> None:
-        if asked.held_at is None:
-            asked.held_at = utc(time.time())
-        self._ledger.write()
+    # ------------------------------------------------------------------ waiting
 
     def _wait(self, what: str) -> None:
         """Wait until the next look."""
@@ -452,18 +333,3 @@ class Fleet:
         if key != told or time.monotonic() > at + _SAID_EVERY_SECONDS:
             self._told = (key, time.monotonic())
             self._say(f"muster: {what}")
-
-
-def cost(ledger: Ledger, price: float | None, now: float) -> Mapping[str, float | None]:
-    """What a run's machines have cost so far.
-
-    Args:
-      ledger: of the run.
-      price: of a chip's hour; None if the user has named none.
-      now: seconds since the epoch.
-
-    Returns:
-      `chip_hours` and `cost`; the cost is None without a price.
-    """
-    hours = sum(one.chips * one.held_seconds(now) for one in ledger.asked) / 3600
-    return {"chip_hours": hours, "cost": None if price is None else hours * price}

@@ -168,3 +168,25 @@ def read(run: Path) -> Ledger | None:
     """The ledger of a run; None if it never asked for anything."""
     record = rundir.read_record(run / MACHINES)
     return Ledger(run, str(record["run"])) if record else None
+
+
+def report(run: Path, price: float | None, now: float) -> dict[str, Any] | None:
+    """What `muster status` says of a run's machines; None for a run that never asked for any.
+
+    Args:
+      run: the run directory.
+      price: of a chip's hour; None if the user has named none.
+      now: seconds since the epoch.
+    """
+    ledger = read(run)
+    if ledger is None:
+        return None
+    hours = sum(one.chips * one.held_seconds(now) for one in ledger.asked) / 3600
+    return {
+        "kept": ledger.kept,
+        "open": [dataclasses.asdict(one) for one in ledger.open],
+        "asked": len(ledger.asked),
+        "chip_hours": hours,
+        "price_per_chip_hour": price,
+        "cost": None if price is None else hours * price,
+    }

@@ -31,6 +31,7 @@ class Node:
       addresses: of its workers, in order: those that are reached from outside, if there are.
       internal_addresses: by which workers reach one another.
       labels: its labels.
+      maker: the queued resource that has made it; "" for none.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Node:
     addresses: tuple[str, ...] = ()
     internal_addresses: tuple[str, ...] = ()
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    maker: str = ""
 
     @property
     def project(self) -> str:
@@ -64,6 +66,7 @@ def node_of(record: Mapping[str, Any]) -> Node:
         outside,
         inside,
         dict(record.get("labels") or {}),
+        str(record.get("queuedResource", "")).rpartition("/")[2],
     )
 
 
@@ -92,6 +95,7 @@ class Queued:
     state: str = GONE
     why: str = ""
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    maker: str = ""  # Nobody has: it is what makes nodes.
 
 
 def queued_of(record: Mapping[str, Any]) -> Queued:

@@ -1,0 +1,166 @@
+"""What a run has in Google Cloud: kept in line with the ledger, and given back."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from launch.backends.tpu import commands, gcloud
+from launch.backends.tpu.commands import NODE, QUEUED
+from launch.backends.tpu.gcloud import MISSING, GcloudError
+from launch.backends.tpu.ledger import Asked, Ledger
+from launch.backends.tpu.nodes import DEAD, GONE, list_nodes, list_queued, look_at
+from launch.contract import utc
+
+_PATIENCE_SECONDS = 900.0  # So long an API that gives no answer is asked again.
+_RETRY_SECONDS = 1.25  # At first.
+_DELETE_TRIES = 5
+
+
+class Holdings:
+    """Everything that carries a run's name in Google Cloud.
+
+    `pause` is how it waits for answers: it may raise, and nothing is lost then.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        say: Callable[[str], None],
+        pause: Callable[[float], None] = time.sleep,
+    ):
+        """Takes what is on record.
+
+        Args:
+          ledger: of the run.
+          say: tells the user a line.
+          pause: waits so many seconds.
+        """
+        self._ledger = ledger
+        self._say = say
+        self._pause = pause
+        self._unheard = ""  # What was said of an API that gives no answer.
+
+    def reconcile(self) -> None:
+        """Bring ledger and API together; what is ours and not in the ledger is deleted."""
+        for asked in self._ledger.owned:
+            there = self._ask(functools.partial(look_at, asked))
+            if there.state == GONE:
+                if asked.state is not None:
+                    self._close(asked)  # Else it was never asked for: it is now.
+            elif there.state != asked.state:
+                self._see(asked, there.state)
+        zones = {(one.project, one.zone) for one in self._ledger.asked}
+        for project, zone in sorted(zones, key=str):
+            self.delete(self._strays(project, zone))
+
+    def dead(self) -> list[Asked]:
+        """Queued resources that will never give machines, and count against the quota."""
+        return [one for one in self._ledger.owned if one.kind == QUEUED and one.state in DEAD]
+
+    def _strays(self, project: str | None, zone: str) -> list[Asked]:
+        """What carries this run's label and the ledger does not know as open."""
+        run = self._ledger.run_id.lower()
+        known = {one.name for one in self._ledger.open}
+        known |= {name for one in self._ledger.open for name in one.nodes}
+        queued = self._ask(lambda: list_queued(project, zone)).values()
+        nodes = self._ask(lambda: list_nodes(project, zone)).values()
+        strays = []
+        for kind, one in [*((QUEUED, one) for one in queued), *((NODE, one) for one in nodes)]:
+            # A node goes with the queued resource that has made it.
+            if one.labels.get(commands.RUN_LABEL) != run or {one.name, one.maker} & known:
+                continue
+            known.add(one.name)
+            now = utc(time.time())
+            stray = Asked(kind, one.name, project, zone, (one.name,), 0, now, "FOUND")
+            self._ledger.asked.append(stray)
+            strays.append(stray)
+        if strays:
+            self._ledger.write()
+        return strays
+
+    def delete(self, asked: Sequence[Asked]) -> list[Asked]:
+        """Delete things and see that they are gone; what is still there is returned, and stays in
+        the ledger."""
+        asked = [one for one in asked if one.owned and one.open]
+        if not asked:
+            return []
+        with ThreadPoolExecutor(min(16, len(asked))) as pool:
+            gone = list(pool.map(self._delete, asked))
+        self._ledger.write()
+        return [one for one, ok in zip(asked, gone, strict=True) if not ok]
+
+    def _delete(self, asked: Asked) -> bool:
+        """Delete one thing and see that it is gone; an API that gives no answer is waited for."""
+        argv = commands.delete(asked.project, asked.kind, asked.zone, asked.name)
+        limit = time.monotonic() + _PATIENCE_SECONDS
+        refusals = 0
+        while refusals < _DELETE_TRIES and time.monotonic() < limit:
+            try:
+                gcloud.run(argv, timeout_seconds=gcloud.LONG_SECONDS)
+            except GcloudError as error:
+                if error.kind != MISSING:
+                    self._say(f"muster: {asked.name} is not deleted yet: {error.said}")
+                refusals += error.kind != gcloud.UNAVAILABLE
+            try:
+                if look_at(asked).state == GONE:
+                    asked.see(GONE)
+                    asked.ended_at = utc(time.time())
+                    return True
+            except GcloudError as error:
+                self._say(f"muster: whether {asked.name} is deleted is not known: {error.said}")
+            time.sleep(min(30.0, 2.0**refusals / 2))
+        return False
+
+    def release(self) -> list[Asked]:
+        """Give back everything that is owned, at the end of the run; what could not be."""
+        owned = self._ledger.owned
+        for asked in self._ledger.open:
+            if not asked.owned:
+                asked.ended_at = utc(time.time())
+        left = self.delete(owned)
+        self._ledger.write()
+        names = ", ".join(one.name for one in owned if one not in left)
+        if names:
+            self._say(f"muster: deleted {names}")
+        for one in left:
+            shown = " ".join(commands.delete(one.project, one.kind, one.zone, one.name))
+            self._say(f"muster: error: {one.name} could not be deleted; `muster gc`, or: {shown}")
+        return left
+
+    # ------------------------------------------------------------------ asking
+
+    def _ask(self, ask: Callable[[], Any], wait: Callable[[float], None] | None = None) -> Any:
+        """Ask, again and again while there is no answer; what it says."""
+        limit = time.monotonic() + _PATIENCE_SECONDS
+        seconds = _RETRY_SECONDS
+        while True:
+            try:
+                return ask()
+            except GcloudError as error:
+                if error.kind != gcloud.UNAVAILABLE or time.monotonic() > limit:
+                    raise
+                if error.said != self._unheard:
+                    self._unheard = error.said
+                    self._say(f"muster: Google Cloud gives no answer, asked again: {error.said}")
+            (wait or self._pause)(seconds)
+            seconds = min(60.0, seconds * 2)
+
+    # ------------------------------------------------------------------ keeping the books
+
+    def _see(self, asked: Asked, state: str) -> None:
+        if asked.see(state):
+            self._ledger.write()
+
+    def _close(self, asked: Asked) -> None:
+        asked.see(GONE)
+        asked.ended_at = utc(time.time())
+        self._ledger.write()
+
+    def _note_held(self, asked: Asked) -> None:
+        if asked.held_at is None:
+            asked.held_at = utc(time.time())
+        self._ledger.write()
