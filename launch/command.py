@@ -5,9 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 
-from launch.agent.processes import die_with_parent
+# By another interpreter, since Python's preexec_fn is not safe where there are threads.
+_BOUND = """\
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +46,11 @@ class Done:
 
 
 def run(
-    argv: Sequence[str], *, timeout_seconds: float, env: Mapping[str, str] | None = None
+    argv: Sequence[str],
+    *,
+    timeout_seconds: float,
+    env: Mapping[str, str] | None = None,
+    bound: bool = False,
 ) -> Done:
     """Run a command to its end. It never raises; a command past its time is killed.
 
@@ -47,11 +58,14 @@ def run(
       argv: the command and its arguments.
       timeout_seconds: how long it may take.
       env: over this process's own.
+      bound: whether it is to be killed should this process be: what it asks for must not happen
+        when nobody is left who knows of it.
     """
     words = tuple(argv)
+    before = (sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid())) if bound else ()
     try:
         done = subprocess.run(
-            words,
+            (*before, *words),
             env={**os.environ, **(env or {})},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -60,8 +74,6 @@ def run(
             timeout=timeout_seconds,
             check=False,
             start_new_session=True,
-            # What it is asked for must not happen when nobody is left who would know of it.
-            preexec_fn=die_with_parent(os.getpid()),
         )
     except subprocess.TimeoutExpired:
         return Done(words, None, "", f"{words[0]} gave no answer in {timeout_seconds:g} s")

@@ -29,10 +29,10 @@ def dry_run(request: Request) -> None:
         submit.dry_run(request)
         return
     if request.cluster.backend == "tpu":
-        from launch.backends.tpu import run as tpu
+        from launch.backends.tpu import remote
 
-        tpu.check(request)
-        tpu.dry_run(request)
+        remote.check(request)
+        remote.dry_run(request)
         return
     number = rundir.next_attempt(request.workdir)
     print(f"# attempt {number} of {request.workdir}; PORT is chosen at the start")
@@ -63,9 +63,9 @@ def run(request: Request, detached: bool = False) -> int:
 
         return submit.run(request, detached)
     if request.cluster.backend == "tpu":
-        from launch.backends.tpu import run as tpu
+        from launch.backends.tpu import remote
 
-        tpu.check(request)
+        remote.check(request)
     run_dir = take(request)
     if run_dir is None:
         return attach.view(request.workdir, request.shown, request.prefixed)

@@ -12,11 +12,13 @@ from typing import Any
 from launch import contract, live, rundir
 from launch.backends.slurm import client, jobs
 from launch.backends.slurm.client import Job
+from launch.backends.tpu import ledger
 from launch.times import seconds_of
 
 RUNNING = "running"  # Somebody holds the directory.
 KILLED = "killed"  # Nobody does, and there is no end on record.
 QUEUED = "queued"  # A job of it waits for machines.
+UNATTENDED = "unattended"  # It has machines of a cloud, and nobody looks after them.
 SILENT = "silent"  # It ran on another host; from here one cannot see whether it still does.
 
 # How a run stands that never came so far as to have an attempt, by the end of its job.
@@ -28,7 +30,7 @@ class Standing:
     """How a run stands.
 
     Attributes:
-      state: RUNNING, QUEUED, SILENT, KILLED, or the cause of its last attempt's end.
+      state: RUNNING, QUEUED, UNATTENDED, SILENT, KILLED, or the cause of its last attempt's end.
       owner: who runs it (id, host, pid); None unless it runs.
       orphaned: its launcher is dead, and its agents are stopping the gang by themselves.
       live: what its controller said last; None when nothing is to be believed any more.
@@ -103,7 +105,15 @@ def standing(run: Path, now: float | None = None) -> Standing:
             if now - heard_at <= live.SILENT_SECONDS:
                 return Standing(RUNNING, holder, False, said, heard_at, last)
             return Standing(SILENT, None, False, None, heard_at, last)
+    if cause is None and _has_machines(run):
+        cause = UNATTENDED
     return Standing(cause or KILLED, None, False, None, heard_at, last)
+
+
+def _has_machines(run: Path) -> bool:
+    """Whether a run has asked for machines of a cloud that may still be there."""
+    found = ledger.read(run)
+    return found is not None and bool(found.open)
 
 
 def _is_final(attempt: Mapping[str, Any] | None) -> bool:

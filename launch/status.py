@@ -10,6 +10,7 @@ from typing import Any
 
 from launch import contract, live, registry, rundir, stop
 from launch.backends.slurm import jobs
+from launch.backends.tpu import ledger
 from launch.console import print_all
 from launch.contract import utc
 from launch.goodput import AttemptTimes, Goodput, goodput
@@ -71,10 +72,16 @@ def status_report(path: Path, now: float | None = None) -> dict[str, Any]:
         "heard_at": None if stands.heard_at is None else utc(stands.heard_at),
         "live": _live_report(stands),
         "job": _job_report(path, stands),
+        "machines": ledger.report(path, _price(record), now),
         "stop_request": None if asked is None else {**vars(asked)},
         "goodput": None if spent is None else _goodput_report(spent),
         "attempts": attempts,
     }
+
+
+def _price(record: Mapping[str, Any]) -> float | None:
+    """What an hour of a chip costs, by the run's config."""
+    return ((record.get("cluster") or {}).get("tpu") or {}).get("price_per_chip_hour")
 
 
 def _complete(run: Path, attempt: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import contract, rundir
+from launch.backends.tpu.words import rows as machine_rows
 from launch.console import last_lines
 from launch.goodput import PARTS
 from launch.live import WAITING
@@ -54,6 +55,8 @@ def _header(report: Mapping[str, Any], now: float, width: int) -> list[str]:
         rows["cluster"] = cluster_in_words(report["cluster"])
     if (report["job"] or {}).get("id") and report["state"] != QUEUED:
         rows["job"] = f"SLURM job {report['job']['id']}"
+    if report["machines"]:
+        rows |= machine_rows(report["machines"], now)
     owner = report["owner"]
     if owner:
         rows["owner"] = f"process id {owner.get('pid')} on {owner.get('host')}"

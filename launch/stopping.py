@@ -9,7 +9,8 @@ from pathlib import Path
 
 from launch import contract, live, registry, rundir, stop
 from launch.backends.slurm import client, jobs
-from launch.standing import QUEUED, SILENT, Standing, standing
+from launch.backends.tpu import ledger
+from launch.standing import QUEUED, SILENT, UNATTENDED, Standing, standing
 from launch.times import ago, duration, rough
 
 _POLL_SECONDS = 0.2
@@ -25,6 +26,8 @@ def ask_to_stop(name: str, flags: Mapping[str, str]) -> int:
     before = standing(run)
     if before.state == QUEUED:
         return _cancel(run)
+    if before.state == UNATTENDED or (not before.running and _kept(run)):
+        return _end_unattended(run)
     if not before.running:
         _say(_was_not_running(run, before))
         return contract.EXIT_DONE
@@ -34,6 +37,22 @@ def ask_to_stop(name: str, flags: Mapping[str, str]) -> int:
     except KeyboardInterrupt:
         _say("muster: not waiting any more; " + waiting.what_goes_on())
         return contract.EXIT_FAILED
+
+
+def _kept(run: Path) -> bool:
+    found = ledger.read(run)
+    return found is not None and bool(found.owned)
+
+
+def _end_unattended(run: Path) -> int:
+    """Look after a run that has lost its controller: have it saved, and give its machines back."""
+    from launch.backends.tpu.run import end
+
+    _say(f"muster: nobody looks after {run.name}; ending it and giving its machines back")
+    end(run)
+    now = standing(run)
+    _say(_has_ended(run, now))
+    return contract.EXIT_FAILED if _kept(run) else contract.EXIT_DONE
 
 
 def _cancel(run: Path) -> int:

@@ -101,6 +101,8 @@ class TpuHosts:
             self.down(address)
             folder = self._make_disks(address)
             self._folders[address] = folder
+            names = f"127.0.0.1 localhost\n{address} {hostname}\n"
+            (folder / "hosts").write_text(names)
             process = self._starter.submit(self._start, folder, hostname).result()
             self._vms[address] = _Vm(folder, process)
         for address in hostnames:
@@ -224,6 +226,7 @@ class TpuHosts:
                     mounts.append(["mkdir", "-p", str(inside)])
                     mounts.append(["mount", "--rbind", str(path), str(inside)])
         private = [("etc", "/etc/ssh"), ("shadow", "/etc/shadow"), ("run", "/run")]
+        private.append(("hosts", "/etc/hosts"))
         private += [("home", "/root"), ("tmp", "/tmp")]
         private.sort(key=lambda one: folder.is_relative_to(one[1]))  # What hides the folder: last.
         mounts += [["mount", "--rbind", str(folder / name), there] for name, there in private]

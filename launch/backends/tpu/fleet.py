@@ -6,11 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from launch import rundir
 from launch.backends.tpu import commands, gcloud
 from launch.backends.tpu.commands import NODE, QUEUED
 from launch.backends.tpu.gcloud import EXISTS, QUOTA, STOCKOUT, GcloudError
-from launch.backends.tpu.holdings import Holdings
+from launch.backends.tpu.holdings import Holdings, labels
 from launch.backends.tpu.ledger import Asked, Ledger
 from launch.backends.tpu.nodes import (
     ACTIVE,
@@ -53,17 +52,11 @@ class Fleet(Holdings):
         super().__init__(ledger, say, pause)
         self._cluster = cluster
         self._spec = cluster.tpu
+        self._labels = labels(cluster, ledger.run_id)
         self._next_zone = 0
         self._rounds = 0  # Times that all zones were tried.
         self._told = ("", 0.0)
         self._began = time.monotonic()
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """By which everything of this run is found again."""
-        run, user = self._ledger.run_id.lower(), rundir.user_name().lower()
-        user = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in user)
-        return {**self._spec.labels, commands.RUN_LABEL: run, "muster-user": user[:63]}
 
     # ------------------------------------------------------------------ getting
 
@@ -236,15 +229,13 @@ class Fleet(Holdings):
         chips = self._chips if kind == QUEUED else self._cluster.slice.chips
         now = utc(time.time())
         asked = Asked(kind, name, self._spec.project, zone, nodes, chips, now)
-        if not self._ledger.asked:
-            self._ledger.created_at = now
         self._ledger.asked.append(asked)
         self._ledger.write()
         return asked
 
     def _create(self, asked: Asked, wait: Callable[[float], None] | None = None) -> None:
         """Ask for it. To ask twice gives one: the name is its own."""
-        argv = commands.create(self._cluster, asked.kind, asked.zone, asked.name, self.labels)
+        argv = commands.create(self._cluster, asked.kind, asked.zone, asked.name, self._labels)
         try:
             self._ask(lambda: gcloud.run(argv, timeout_seconds=gcloud.LONG_SECONDS), wait)
         except GcloudError as error:

@@ -133,7 +133,7 @@ def run(
     Raises:
       GcloudError: it failed.
     """
-    done = command.run(argv, timeout_seconds=timeout_seconds)
+    done = command.run(argv, timeout_seconds=timeout_seconds, bound=True)
     if not done.ok:
         raise understand(done.err or done.out or done.last_word)
     if not json_output:

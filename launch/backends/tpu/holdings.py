@@ -8,16 +8,26 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from launch import rundir
 from launch.backends.tpu import commands, gcloud
 from launch.backends.tpu.commands import NODE, QUEUED
 from launch.backends.tpu.gcloud import MISSING, GcloudError
 from launch.backends.tpu.ledger import Asked, Ledger
 from launch.backends.tpu.nodes import DEAD, GONE, list_nodes, list_queued, look_at
 from launch.contract import utc
+from launch.spec import Cluster
 
 _PATIENCE_SECONDS = 900.0  # So long an API that gives no answer is asked again.
 _RETRY_SECONDS = 1.25  # At first.
 _DELETE_TRIES = 5
+
+
+def labels(cluster: Cluster, run_id: str) -> dict[str, str]:
+    """By which everything of a run is found again."""
+    user = rundir.user_name().lower()
+    user = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in user)
+    ours = {commands.RUN_LABEL: run_id.lower(), "muster-user": user[:63]}
+    return {**cluster.tpu.labels, **ours}
 
 
 class Holdings:

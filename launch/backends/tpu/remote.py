@@ -1,0 +1,119 @@
+"""The program as it runs on TPU VMs; what a dry run prints of it, and of gcloud's commands."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from launch import contract, rundir
+from launch.backends.tpu import commands, gcloud, plans
+from launch.backends.tpu.code import pack
+from launch.backends.tpu.holdings import labels
+from launch.backends.tpu.plans import CONFIG_PLACE, GangSpec, Prepared
+from launch.backends.tpu.ssh import Host
+from launch.program import Program, without_secrets
+from launch.request import Request
+from launch.spec import Cluster, ConfigError, plain
+from launch.submission import frozen_config
+
+
+def storage_of(cluster: Cluster, name: str, run_id: str) -> str | None:
+    """The run's own directory for what lasts."""
+    base = cluster.tpu.storage
+    return None if base is None else f"{base.rstrip('/')}/{name}-{run_id}"
+
+
+def remote_program(request: Request, storage: str | None) -> tuple[Program, dict[str, str]]:
+    """The program as it runs on the hosts, and the files that go along.
+
+    Raises:
+      ConfigError: the trainer has nowhere to keep its checkpoints.
+    """
+    if request.config is None:
+        return request.program, {}
+    if storage is None:
+        rule = (
+            "is missing: checkpoints go there, for machines come and go; give gs://BUCKET/DIRECTORY"
+        )
+        raise ConfigError("cluster.tpu.storage", rule)
+    argv = list(request.program.argv)
+    source = next(word for word in argv if word.startswith("--config="))
+    text = frozen_config(plain(request.config), source.partition("=")[2])
+    if text is None:
+        rule = "holds values that have no form as text, and must be in the current directory's tree"
+        raise ConfigError("--config", rule, source.partition("=")[2])
+    return (
+        Program(
+            ("python", "-m", "trainer.main", f"--config={CONFIG_PLACE}", f"--workdir={storage}")
+        ),
+        {plans.CONFIG: text},
+    )
+
+
+def dry_run(request: Request) -> None:
+    """Print every gcloud command in order, what goes over ssh, and a plan of an agent."""
+    cluster = request.cluster
+    record = rundir.read_record(request.workdir / contract.RUN_RECORD) or {}
+    run_id = str(record.get("id") or "RUN")
+    print("# gcloud, in this order; what is waited for is asked for again and again")
+    for argv in commands.shown_in_dry_run(cluster, labels(cluster, run_id), run_id):
+        print(shlex.join(argv))
+    storage = storage_of(cluster, request.workdir.name, run_id)
+    program, files = remote_program(request, storage)
+    for plan in rendered(cluster, program, files, storage, run_id):
+        for process in plan["processes"]:
+            print(f"\n# process {process['process_id']}/{cluster.num_processes} on {plan['host']}")
+            print(shlex.join(["cd", plan["cwd"]]))
+            env = without_secrets(process["env"])
+            words = ["env", *(f"{name}={value}" for name, value in env.items())]
+            print(shlex.join([*words, *process["argv"]]))
+
+
+def rendered(
+    cluster: Cluster, program: Program, files: dict[str, str], storage: str | None, run_id: str
+) -> list[dict[str, Any]]:
+    """The agents' plans of a first attempt, on hosts that are not there yet."""
+    spec = cluster.tpu
+    name = commands.resource_name(run_id, 0)
+    if spec.nodes:
+        nodes = spec.nodes
+    elif spec.way == "queued":
+        nodes = commands.node_names(cluster, name)
+    else:
+        nodes = tuple(commands.resource_name(run_id, i) for i in range(cluster.slices))
+    each = cluster.hosts // cluster.slices
+    home = "~/.muster"
+    code = f"{home}/code/DIGEST"
+    bins = (f"{home}/env/KEY/venv/bin",) if spec.packages else ()
+    python = f"{bins[0]}/python" if bins else spec.python
+    hosts = tuple(
+        Prepared(
+            Host(f"{node}-w{worker}", node, index, worker, f"{node}-w{worker}", ()),
+            home,
+            code,
+            spec.container_python if spec.container else python,
+            bins,
+            (code,),
+        )
+        for index, node in enumerate(nodes)
+        for worker in range(each)
+    )
+    coordinator = f"{hosts[0].host.address}:PORT"
+    gang = GangSpec(run_id, 0, coordinator, hosts, storage, spec.max_lifetime_seconds, files, (),
+                    "DIGEST")  # fmt: skip
+    return plans.render(cluster, program, gang)
+
+
+def check(request: Request) -> None:
+    """Refuse before anything is asked for what could not be sent, or has nowhere to go.
+
+    Raises:
+      ConfigError: says what.
+    """
+    gcloud.check_installed()
+    remote_program(request, request.cluster.tpu.storage)
+    spec = request.cluster.tpu
+    with tempfile.TemporaryDirectory() as folder:
+        pack(spec.send_code, spec.max_file_bytes, request.workdir, Path(folder))
