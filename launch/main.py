@@ -25,6 +25,8 @@ Muster starts one program on many processes, keeps them together and says what b
   muster stop RUN
       have a run saved and stopped, from wherever its directory is seen; again to kill it at once
 
+  muster gc [--dry_run]
+      delete the machines of a cloud that no run needs any more
   muster doctor --cluster=FILE [--workdir=DIR] [--wait=SECONDS]
       can this cluster run a gang? tries it, and says what is missing
 
@@ -49,6 +51,7 @@ _FLAGS: dict[str, dict[str, bool]] = {
     "status": {"json": True},
     "logs": {"process": False, "attempt": False, "follow": True},
     "stop": {},
+    "gc": {"dry_run": True},
     "doctor": {"workdir": False, "wait": False},
 }
 _CONFIG_FLAGS = ("config", "cluster")
@@ -97,15 +100,24 @@ def _dispatch(argv: list[str]) -> int:
         from launch.doctor import doctor
 
         return doctor(arguments, flags)
+    if command == "gc":
+        from launch.gc import gc
+
+        _no_arguments(command, arguments)
+        return gc(flags)
     if command == "list":
-        if arguments:
-            raise ConfigError("", f"muster list takes no argument; got {arguments}")
+        _no_arguments(command, arguments)
         from launch.listing import list_runs
 
         return list_runs(flags)
     if len(arguments) != 1:
         raise ConfigError("", f"muster {command} takes one RUN, see `muster list`; got {arguments}")
     return _look_at(command)(arguments[0], flags)
+
+
+def _no_arguments(command: str, arguments: Sequence[str]) -> None:
+    if arguments:
+        raise ConfigError("", f"muster {command} takes no argument; got {list(arguments)}")
 
 
 def _look_at(command: str) -> Callable[[str, Mapping[str, str]], int]:

@@ -56,23 +56,29 @@ class Holdings:
 
     def reconcile(self) -> None:
         """Bring ledger and API together; what is ours and not in the ledger is deleted."""
-        for asked in self._ledger.owned:
-            there = self._ask(functools.partial(look_at, asked))
-            if there.state == GONE:
-                if asked.state is not None:
-                    self._close(asked)  # Else it was never asked for: it is now.
-            elif there.state != asked.state:
-                self._see(asked, there.state)
-        zones = {(one.project, one.zone) for one in self._ledger.asked}
-        for project, zone in sorted(zones, key=str):
-            self.delete(self._strays(project, zone))
+        self.look()
+        self.delete(self.strays())
+
+    def look(self) -> None:
+        """See what has become of everything in the ledger."""
+        for asked in self._ledger.open:
+            if asked.owned:
+                there = self._ask(functools.partial(look_at, asked))
+                if there.state != GONE:
+                    self._see(asked, there.state)
+                elif asked.state is not None:
+                    self._close(asked)  # Else it was never asked for; it may be now.
 
     def dead(self) -> list[Asked]:
         """Queued resources that will never give machines, and count against the quota."""
         return [one for one in self._ledger.owned if one.kind == QUEUED and one.state in DEAD]
 
-    def _strays(self, project: str | None, zone: str) -> list[Asked]:
+    def strays(self) -> list[Asked]:
         """What carries this run's label and the ledger does not know as open."""
+        zones = sorted({(one.project, one.zone) for one in self._ledger.asked}, key=str)
+        return [stray for project, zone in zones for stray in self._strays(project, zone)]
+
+    def _strays(self, project: str | None, zone: str) -> list[Asked]:
         run = self._ledger.run_id.lower()
         known = {one.name for one in self._ledger.open}
         known |= {name for one in self._ledger.open for name in one.nodes}

@@ -77,21 +77,45 @@ class Asked:
 
 
 class Ledger:
-    """All that one run has asked for."""
+    """All that one run has asked for.
+
+    Attributes:
+      path: the run directory.
+      run_id: the run's.
+      host: from where it was written last.
+      kept: what is there stays after the run's end, by the user's wish.
+      created_at: when the machines that there are now were first asked for.
+      asked: the newest last.
+    """
 
     def __init__(self, run: Path, run_id: str):
-        self._run = run
+        """Reads what is on disk.
+
+        Args:
+          run: the run directory.
+          run_id: the run's.
+        """
+        self.path = run
         self._lock = threading.Lock()  # Nodes are created side by side.
         self.run_id = run_id
-        self.kept = False  # What is there stays after the run's end, by the user's wish.
-        self.created_at = utc(time.time())  # Of the first entry.
+        self.host = os.uname().nodename
+        self.kept = False
+        self.created_at = ""
         self.asked: list[Asked] = []
-        record = rundir.read_record(run / MACHINES) or rundir.read_record(_copy(run_id)) or {}
-        if record.get("run") == run_id:
-            self._take(record)
+        self.read_again()
+
+    def read_again(self) -> None:
+        """Take what is on disk, for it may have changed before the run was held."""
+        self.kept, self.created_at, self.asked = False, utc(time.time()), []
+        for path in (self.path / MACHINES, _copy(self.run_id)):
+            record = rundir.read_record(path) or {}
+            if record.get("run") == self.run_id:
+                self._take(record)
+                return
 
     def _take(self, record: dict[str, Any]) -> None:
         self.kept = bool(record.get("kept"))
+        self.host = str(record["host"])
         self.created_at = record["created_at"]
         names = {field.name for field in dataclasses.fields(Asked)}
         for one in record["machines"]:
@@ -119,18 +143,20 @@ class Ledger:
           ConfigError: it cannot be; then nothing may be asked for.
         """
         with self._lock:
+            self.host = os.uname().nodename
             self._write()
 
     def _write(self) -> None:
         record = {
             "schema": contract.SCHEMA,
             "run": self.run_id,
-            "path": str(self._run),
+            "path": str(self.path),
+            "host": self.host,
             "created_at": self.created_at,
             "kept": self.kept,
             "machines": [dataclasses.asdict(one) for one in self.asked],
         }
-        for path in (self._run / MACHINES, _copy(self.run_id)):
+        for path in (self.path / MACHINES, _copy(self.run_id)):
             try:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 rundir.write_private(path, record)
