@@ -62,6 +62,10 @@ def _findings(cluster: Cluster, folder: Path, wait_seconds: float) -> Iterator[F
         from launch.backends.slurm.doctor import findings
 
         yield from findings(cluster, folder, wait_seconds)
+    elif cluster.backend == "tpu":
+        from launch.backends.tpu.doctor import findings as tpu_findings
+
+        yield from tpu_findings(cluster, folder)
     else:
         yield from _local(cluster, folder)
 

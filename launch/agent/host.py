@@ -21,7 +21,7 @@ import tarfile
 import time
 from typing import Any
 
-from launch.agent import chips, processes
+from launch.agent import chips, cloud, processes
 from launch.agent.process import read
 
 _PORTS = range(20000, 30000)  # Below those that the kernel gives to whoever asks for any.
@@ -117,6 +117,28 @@ class Host:
             yield os.path.exists(done)
             with open(done, "w"):
                 pass
+
+    def storage(self, place, metadata, api):
+        """Try whether a place can be written from this machine.
+
+        Args:
+          place: a directory, or `gs://BUCKET/PATH`.
+          metadata: the metadata server.
+          api: the root of Cloud Storage's JSON API.
+        """
+        name = ".muster-tries-%s-%d" % (os.uname().nodename, os.getpid())
+        try:
+            if place.startswith("gs://"):
+                cloud.try_bucket(metadata, api, place, name)
+            else:
+                os.makedirs(place, exist_ok=True)
+                path = os.path.join(place, name)
+                with open(path, "w"):
+                    pass
+                os.unlink(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise HostError("%s cannot be written: %s" % (place, error)) from error
+        return {}
 
     def clear(self, run, keep):
         """End what earlier attempts of a run have left, and make sure that the chips are free.

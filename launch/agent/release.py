@@ -1,16 +1,14 @@
 """The last thing that an agent does when nobody comes back for its run: it asks the cloud to delete
 the machine it is on, so that nobody pays for it any more."""
 
-import json
 import sys
 import time
 import urllib.error
-import urllib.request
 
-_TOKEN = "/computeMetadata/v1/instance/service-accounts/default/token"
+from launch.agent import cloud
+
 _TRIES = 5
 _WAIT_SECONDS = 10.0
-_REQUEST_SECONDS = 30.0
 
 
 def release(plan):
@@ -35,15 +33,7 @@ def release(plan):
 
 
 def _delete(plan, resource):
-    request = urllib.request.Request("http://%s%s" % (plan["metadata"], _TOKEN))
-    request.add_header("Metadata-Flavor", "Google")
-    # No proxy: the token must not go anywhere else.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=_REQUEST_SECONDS) as answer:
-        token = json.load(answer)["access_token"]
     force = "?force=true" if "/queuedResources/" in resource else ""
-    request = urllib.request.Request(plan["api"] + "v2/" + resource + force, method="DELETE")
-    request.add_header("Authorization", "Bearer %s" % token)
-    with urllib.request.urlopen(request, timeout=_REQUEST_SECONDS):
-        sys.stderr.write("nobody has come back: asked for the deletion of %s\n" % resource)
-        sys.stderr.flush()
+    cloud.request(plan["metadata"], plan["api"] + "v2/" + resource + force, "DELETE")
+    sys.stderr.write("nobody has come back: asked for the deletion of %s\n" % resource)
+    sys.stderr.flush()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import contract, rundir
+from launch.agent.cloud import METADATA_HOST
 from launch.backends import host_plan
 from launch.backends.host_plan import AttemptSpec
 from launch.backends.tpu.commands import QUEUED
@@ -152,7 +153,7 @@ def _release(cluster: Cluster, machines: Sequence[str]) -> dict[str, Any] | None
     if not machines:
         return None
     return {
-        "metadata": cluster.env.get("GCE_METADATA_HOST", METADATA),
+        "metadata": cluster.env.get(METADATA_HOST, METADATA),
         "api": os.environ.get("CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU", API),
         "resources": list(machines),
     }

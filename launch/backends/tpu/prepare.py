@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.agent.cloud import METADATA_HOST
+from launch.backends.tpu import plans
 from launch.backends.tpu.code import Code
 from launch.backends.tpu.plans import Prepared
 from launch.backends.tpu.ssh import Host, HostFailedError, Session, SshError, summary, tried
@@ -21,6 +23,7 @@ from launch.spec import Cluster, ConfigError
 HOST_PYTHON = "python3"  # Is on every TPU VM's image; runs agents, and sets up what the rest needs.
 _SET_UP_SECONDS = 3600.0  # How long a command of set-up may print nothing.
 _SHOWN_LINES = 15
+_STORAGE_API = "https://storage.googleapis.com/"
 _SETTINGS = ("setup.py", "setup.cfg", "pyproject.toml")  # Say what a package of the tree needs.
 
 
@@ -178,6 +181,8 @@ class _Work:
         spec, host = self.cluster.tpu, session.host
         hello = session.call("hello", run=self.run_id)
         session.call("clear", run=self.run_id, keep=self.keep)
+        if spec.storage is not None and host.slice == host.worker == 0:
+            try_storage(session, self.cluster)
         folders, sent = [], 0
         for archive in self.code.archives:
             done = session.call(
@@ -247,6 +252,23 @@ class _Work:
         words = [word for command in self.cluster.setup for word in _words(command)]
         environment = self._environment_key() if self.cluster.tpu.packages else ""
         return _key([*self.cluster.setup, environment], words)
+
+
+def try_storage(session: Session, cluster: Cluster) -> None:
+    """See that what lasts can be written from a host.
+
+    Raises:
+      HostFailedError: it cannot.
+    """
+    metadata = cluster.env.get(METADATA_HOST, plans.METADATA)
+    api = os.environ.get("CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE", _STORAGE_API)
+    try:
+        session.call("storage", place=cluster.tpu.storage, metadata=metadata, api=api)
+    except HostFailedError as error:
+        advice = "give the machines' service account roles/storage.objectAdmin on the bucket"
+        if not str(cluster.tpu.storage).startswith("gs://"):
+            advice = "it must be a directory that all hosts see, or gs://BUCKET/DIRECTORY"
+        raise HostFailedError(f"tpu.storage: {error}; {advice}") from None
 
 
 def _words(command: str) -> list[str]:
