@@ -75,6 +75,13 @@ def _check_config(config: Any, cluster: Cluster) -> None:
     """Check what the launcher can know of the trainer's config; the trainer checks it all."""
     spec = train_spec(config, cluster.num_devices)
     dcn = spec.mesh.dcn_data * spec.mesh.dcn_fsdp
+    if cluster.slices > 1 and dcn != cluster.slices and not cluster.on_cpu:
+        raise ConfigError(
+            "config.mesh.dcn_data",
+            f"dcn_data * dcn_fsdp = {dcn} must be cluster.slices={cluster.slices}, so that only "
+            "these axes go over the slower network between slices",
+            spec.mesh.dcn_data,
+        )
     if cluster.num_processes % dcn:
         raise ConfigError(
             "config.mesh.dcn_data",

@@ -45,6 +45,7 @@ PidFile /run/sshd.pid
 MaxStartups 100
 MaxSessions 100
 Subsystem sftp internal-sftp
+SetEnv PATH=/run/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 """
 _INIT = """\
 set -e
@@ -116,6 +117,12 @@ class TpuHosts:
         if vm:
             os.kill(vm.first or vm.process.pid, signal.SIGKILL)
             vm.process.wait()
+
+    def install(self, address: str, name: str, text: str) -> None:
+        """Put a program where a VM finds it first."""
+        path = self._vms[address].folder / "run" / "bin" / name
+        path.write_text(text)
+        path.chmod(0o755)
 
     def running(self) -> list[str]:
         """The addresses of VMs that are on."""
@@ -204,7 +211,7 @@ class TpuHosts:
 
     def _make_disks(self, address: str) -> Path:
         folder = self._root / f"{address}-{secrets.token_hex(4)}"
-        for name in ("home", "tmp", "run/sshd", "etc/authorized_keys"):
+        for name in ("home", "tmp", "run/sshd", "run/bin", "etc/authorized_keys"):
             (folder / name).mkdir(parents=True)
         (folder / "home").chmod(0o700)
         (folder / "tmp").chmod(0o1777)

@@ -134,7 +134,6 @@ def _slice_env(cluster: Cluster, gang: GangSpec, host: Host) -> dict[str, str]:
         "MEGASCALE_NUM_SLICES": str(cluster.slices),
         "MEGASCALE_SLICE_ID": str(host.slice),
         "MEGASCALE_PORT": str(MEGASCALE_PORT),
-        "JAX_PARTITION_INDEX": str(host.slice),
     }
 
 

@@ -62,11 +62,17 @@ def dry_run(request: Request) -> None:
         print(shlex.join(argv))
     storage = storage_of(cluster, request.workdir.name, run_id)
     program, files = remote_program(request, storage)
+    first: dict[str, str] = {}
     for plan in rendered(cluster, program, files, storage, run_id):
         for process in plan["processes"]:
-            print(f"\n# process {process['process_id']}/{cluster.num_processes} on {plan['host']}")
-            print(shlex.join(["cd", plan["cwd"]]))
             env = without_secrets(process["env"])
+            print(f"\n# process {process['process_id']}/{cluster.num_processes} on {plan['host']}")
+            if first:
+                other = [f"{name}={value}" for name, value in env.items() if first[name] != value]
+                print(f"# as process 0, with {shlex.join(other)}")
+                continue
+            first = env
+            print(shlex.join(["cd", plan["cwd"]]))
             words = ["env", *(f"{name}={value}" for name, value in env.items())]
             print(shlex.join([*words, *process["argv"]]))
 
