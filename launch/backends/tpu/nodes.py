@@ -121,17 +121,32 @@ def list_queued(project: str | None, zone: str) -> dict[str, Queued]:
     return {one.name: one for one in map(queued_of, found)}
 
 
+def find_node(project: str | None, zone: str, name: str) -> Node:
+    """What the API says of a node; of state GONE if it has none.
+
+    Raises:
+      GcloudError: no answer, or no leave.
+    """
+    try:
+        return node_of(gcloud.run(commands.describe(project, commands.NODE, zone, name)))
+    except GcloudError as error:
+        if error.kind != MISSING:
+            raise
+        return Node(name)
+
+
 def look_at(asked: Asked) -> Node | Queued:
     """What the API says of something that was asked for; of state GONE if it has none.
 
     Raises:
       GcloudError: no answer, or no leave.
     """
+    if asked.kind == commands.NODE:
+        return find_node(asked.project, asked.zone, asked.name)
     argv = commands.describe(asked.project, asked.kind, asked.zone, asked.name)
     try:
-        record = gcloud.run(argv)
+        return queued_of(gcloud.run(argv))
     except GcloudError as error:
         if error.kind != MISSING:
             raise
-        return Node(asked.name) if asked.kind == commands.NODE else Queued(asked.name)
-    return node_of(record) if asked.kind == commands.NODE else queued_of(record)
+        return Queued(asked.name)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from launch.backends.tpu.gcloud import GcloudError
-from launch.backends.tpu.nodes import GONE, READY, Node, list_nodes
+from launch.backends.tpu.nodes import GONE, READY, Node, find_node, list_nodes
 
 MAINTENANCE = "UNHEALTHY_MAINTENANCE"
 _WORKING = ("REPAIRING", "RESTARTING", "REIMAGING")
@@ -43,12 +43,15 @@ class NodeWatch:
             began = time.monotonic()
             try:
                 there = list_nodes(self._project, self._zone)
+                for name in set(self._names) - there.keys():
+                    # A list that leaves one out is not enough to give up a run for.
+                    there[name] = find_node(self._project, self._zone, name)
             except GcloudError as error:
                 self.silent_since = self.silent_since or began
                 self.error = error.said
                 return
             self.silent_since = None
-            self._nodes = {name: there.get(name, Node(name)) for name in self._names}
+            self._nodes = there
 
     def close(self) -> None:
         """Ask no more."""
