@@ -12,7 +12,7 @@ from typing import Any
 from launch import rundir
 from launch.backends.tpu import commands, gcloud
 from launch.backends.tpu.commands import NODE, QUEUED
-from launch.backends.tpu.gcloud import EXISTS, MISSING, QUOTA, STOCKOUT, GcloudError
+from launch.backends.tpu.gcloud import EXISTS, FAILED, MISSING, QUOTA, STOCKOUT, GcloudError
 from launch.backends.tpu.ledger import Asked, Ledger
 from launch.backends.tpu.nodes import (
     ACTIVE,
@@ -34,7 +34,8 @@ _PATIENCE_SECONDS = 900.0  # So long an API that gives no answer is asked again.
 _RETRY_SECONDS = 5.0
 _MAKE_SECONDS = 1800.0  # A node that is being made for longer will not come.
 _DELETE_TRIES = 5
-_STOCKOUT_SECONDS = 60.0  # Between two rounds through the zones, when none has anything.
+_MOST_ROUND_SECONDS = 60.0  # Between two rounds through the zones, when none has anything.
+_MOST_FAILURES = 5  # What fails more often than that will not be made.
 _SAID_EVERY_SECONDS = 300.0  # A wait in which nothing changes is told again after this.
 
 
@@ -62,7 +63,8 @@ class Fleet:
         self._say = say
         self._pause = pause
         self._next_zone = 0
-        self._rounds = 0  # Times that all zones were tried.
+        self._round_seconds = _RETRY_SECONDS
+        self._failures = 0
         self._told = ("", 0.0)
         self._began = time.monotonic()
 
@@ -85,6 +87,7 @@ class Fleet:
           ConfigError: it cannot be, whatever the wait.
         """
         self._began = time.monotonic()
+        self._round_seconds, self._failures = _RETRY_SECONDS, 0
         if self._spec.nodes:
             return self._adopt()
         self.reconcile()
@@ -143,11 +146,11 @@ class Fleet:
             self._wait(f"{asked.zone}: asking anew")
             return None
         if queued.state in DEAD or queued.state == "DELETING":
-            why = f": {queued.why}" if queued.why else ""
+            why = f": {queued.error.said}" if queued.error else ""
             self._say(f"muster: {asked.name} in {asked.zone} is {queued.state}{why}")
             self.delete([asked])
             if queued.state == "FAILED":
-                raise gcloud.understand(queued.why or "it FAILED, and the API does not say why")
+                raise queued.error or gcloud.of_operation({})
             return None
         if queued.state != ACTIVE:
             self._wait_in_queue(asked, queued)
@@ -257,7 +260,7 @@ class Fleet:
             if error.kind == EXISTS:
                 self._check_ours(asked)
             else:
-                if asked.kind == NODE and self._is_there(asked):
+                if error.begun and self._is_there(asked):
                     asked.see("FAILED")
                     self.delete([asked])
                 else:
@@ -309,18 +312,19 @@ class Fleet:
         if not last:
             self._say(f"muster: {here}: {error.kind}: {error.said}; trying {self._zone}")
             return
-        if error.kind != STOCKOUT:
+        self._failures += error.kind == FAILED
+        if error.kind not in (STOCKOUT, FAILED) or self._failures > _MOST_FAILURES:
             raise self._refused(error, here)
-        self._rounds += 1
         waited = time.monotonic() - self._began
         limit = self._spec.queue_seconds
         if limit is not None and waited > limit:
             raise self._refused(error, ", ".join(self._spec.zones))
-        self._say(
-            f"muster: no zone has it ({', '.join(self._spec.zones)}): {error.said}; "
-            f"tried again in {duration(_STOCKOUT_SECONDS)}"
-        )
-        self._pause(_STOCKOUT_SECONDS)
+        seconds = self._round_seconds
+        self._round_seconds = min(_MOST_ROUND_SECONDS, seconds * 2)
+        zones = ", ".join(self._spec.zones)
+        what = f"no zone has it ({zones})" if error.kind == STOCKOUT else f"{here}: {error.kind}"
+        self._say(f"muster: {what}: {error.said}; tried again in {duration(seconds)}")
+        self._pause(seconds)
 
     def _refused(self, error: GcloudError, zone: str) -> ConfigError:
         field = {
