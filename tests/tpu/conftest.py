@@ -64,4 +64,4 @@ def storage(storage_root: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def muster(cloud, tmp_path: Path, storage: Path):
     """`muster` with one slice of four VMs."""
-    yield TpuMuster(tmp_path / "code", cloud, storage)
+    return TpuMuster(tmp_path / "code", cloud, storage)
