@@ -53,6 +53,7 @@ class Policy:
       history: of the attempts of this `muster run` before this process took it over, in order.
       queued: machines come from a queue, and are given back when others are needed, or when their
         owner wants them.
+      mends_machines: who gives the machines looks after them, and makes those anew that are lost.
       rng: for the jitter of waits.
     """
 
@@ -67,6 +68,7 @@ class Policy:
     furthest_step: int | None = None
     history: tuple[Outcome, ...] = ()
     queued: bool = False
+    mends_machines: bool = False
     rng: random.Random = dataclasses.field(default_factory=random.Random)
 
 
@@ -151,8 +153,12 @@ class Supervisor:
             return [Close(verdict, retry), self._finish(verdict.exit_code)]
         gone = self._leaving.union(case.lost)
         if self._policy.queued and (gone or verdict.cause in PREEMPTIONS):
-            why = retry.why.partition(", again in")[0] + ", back to the queue"
-            why += f" without {', '.join(sorted(gone))}" if gone else ""
+            why = retry.why.partition(", again in")[0]
+            if self._policy.mends_machines:
+                why += ", again when its machines are in order"
+            else:
+                why += ", back to the queue"
+                why += f" without {', '.join(sorted(gone))}" if gone else ""
             return [
                 Close(verdict, Retry(True, why)),
                 Requeue(tuple(sorted(gone)), retry.delay_seconds),

@@ -175,7 +175,7 @@ class TpuHosts:
     def processes(self, address: str) -> list[tuple[int, str]]:
         """All of a VM's processes: ids outside of its namespace, and command lines."""
         vm = self._vms.get(address)
-        if vm is None:
+        if vm is None or not vm.first:  # Off, or not yet up.
             return []
         namespace = os.readlink(f"/proc/{vm.first}/ns/pid")
         found = []

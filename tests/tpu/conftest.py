@@ -2,7 +2,9 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,3 +67,13 @@ def storage(storage_root: Path, tmp_path: Path) -> Path:
 def muster(cloud, tmp_path: Path, storage: Path):
     """`muster` with one slice of four VMs."""
     return TpuMuster(tmp_path / "code", cloud, storage)
+
+
+@pytest.fixture
+def gang(cloud, tmp_path: Path, storage: Path) -> Callable[..., TpuMuster]:
+    """Makes a `muster` with one slice of two VMs; takes fields of the cluster config."""
+
+    def make(**cluster: Any) -> TpuMuster:
+        return TpuMuster(tmp_path / "code", cloud, storage, accelerator="v4-16", **cluster)
+
+    return make

@@ -181,7 +181,8 @@ def test_what_the_api_says_is_read():
             "tpu": {"nodeSpec": [{"node": {"labels": {"a": "b"}}}]},
         }
     )
-    assert (queued.name, queued.state, queued.why) == ("q", "FAILED", "no more capacity")
+    assert (queued.name, queued.state) == ("q", "FAILED")
+    assert (queued.error.kind, queued.error.begun) == ("stockout", True)
     assert queued.labels == {"a": "b"}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from launch.backends.tpu import commands, gcloud
 from launch.backends.tpu.commands import NODE, QUEUED
-from launch.backends.tpu.gcloud import EXISTS, QUOTA, STOCKOUT, GcloudError
+from launch.backends.tpu.gcloud import EXISTS, FAILED, QUOTA, STOCKOUT, GcloudError
 from launch.backends.tpu.holdings import Holdings, labels
 from launch.backends.tpu.ledger import Asked, Ledger
 from launch.backends.tpu.nodes import (
@@ -19,6 +19,7 @@ from launch.backends.tpu.nodes import (
     READY,
     Node,
     Queued,
+    find_node,
     list_nodes,
     look_at,
 )
@@ -27,7 +28,9 @@ from launch.spec import Cluster, ConfigError
 from launch.times import duration, seconds_of
 
 _MAKE_SECONDS = 1800.0  # A node that is being made for longer will not come.
-_STOCKOUT_SECONDS = 60.0  # Between two rounds through the zones, when none has anything.
+_RETRY_SECONDS = 5.0
+_MOST_ROUND_SECONDS = 60.0  # Between two rounds through the zones, when none has anything.
+_MOST_FAILURES = 5  # What fails more often than that will not be made.
 _SAID_EVERY_SECONDS = 300.0  # A wait in which nothing changes is told again after this.
 
 
@@ -54,7 +57,8 @@ class Fleet(Holdings):
         self._spec = cluster.tpu
         self._labels = labels(cluster, ledger.run_id)
         self._next_zone = 0
-        self._rounds = 0  # Times that all zones were tried.
+        self._round_seconds = _RETRY_SECONDS
+        self._failures = 0
         self._told = ("", 0.0)
         self._began = time.monotonic()
 
@@ -70,6 +74,7 @@ class Fleet(Holdings):
           ConfigError: it cannot be, whatever the wait.
         """
         self._began = time.monotonic()
+        self._round_seconds, self._failures = _RETRY_SECONDS, 0
         if self._spec.nodes:
             return self._adopt()
         self.reconcile()
@@ -131,11 +136,11 @@ class Fleet(Holdings):
             self._wait(f"{asked.zone}: asking anew")
             return None
         if queued.state in DEAD or queued.state == "DELETING":
-            why = f": {queued.why}" if queued.why else ""
+            why = f": {queued.error.said}" if queued.error else ""
             self._say(f"muster: {asked.name} in {asked.zone} is {queued.state}{why}")
             self.delete([asked])
             if queued.state == "FAILED":
-                raise gcloud.understand(queued.why or "it FAILED, and the API does not say why")
+                raise queued.error or gcloud.of_operation({})
             return None
         if queued.state != ACTIVE:
             self._wait_in_queue(asked, queued)
@@ -194,10 +199,13 @@ class Fleet(Holdings):
         """The nodes, if they are all in order; else waits, or makes those that are not anew."""
         zone = asked[0].zone
         there = self._ask(lambda: list_nodes(self._spec.project, zone))
-        found = [(one, there.get(name, Node(name))) for one in asked for name in one.nodes]
+        for name in {name for one in asked for name in one.nodes} - there.keys():
+            # A list that leaves one out is not enough to give machines up for.
+            there[name] = self._ask(lambda name=name: find_node(self._spec.project, zone, name))
+        found = [(one, there[name]) for one in asked for name in one.nodes]
         for one in asked:
             if one.kind == NODE:
-                self._see(one, there.get(one.name, Node(one.name)).state)
+                self._see(one, there[one.name].state)
         broken = {id(one): one for one, node in found if node.state not in (READY, *COMING)}
         for one in asked:
             age = time.time() - (seconds_of(one.state_since) or time.time())
@@ -243,7 +251,7 @@ class Fleet(Holdings):
             if error.kind == EXISTS:
                 self._check_ours(asked)
             else:
-                if asked.kind == NODE and self._is_there(asked):
+                if error.begun and self._is_there(asked):
                     asked.see("FAILED")
                     self.delete([asked])
                 else:
@@ -281,18 +289,19 @@ class Fleet(Holdings):
         if not last:
             self._say(f"muster: {here}: {error.kind}: {error.said}; trying {self._zone}")
             return
-        if error.kind != STOCKOUT:
+        self._failures += error.kind == FAILED
+        if error.kind not in (STOCKOUT, FAILED) or self._failures > _MOST_FAILURES:
             raise self._refused(error, here)
-        self._rounds += 1
         waited = time.monotonic() - self._began
         limit = self._spec.queue_seconds
         if limit is not None and waited > limit:
             raise self._refused(error, ", ".join(self._spec.zones))
-        self._say(
-            f"muster: no zone has it ({', '.join(self._spec.zones)}): {error.said}; "
-            f"tried again in {duration(_STOCKOUT_SECONDS)}"
-        )
-        self._pause(_STOCKOUT_SECONDS)
+        seconds = self._round_seconds
+        self._round_seconds = min(_MOST_ROUND_SECONDS, seconds * 2)
+        zones = ", ".join(self._spec.zones)
+        what = f"no zone has it ({zones})" if error.kind == STOCKOUT else f"{here}: {error.kind}"
+        self._say(f"muster: {what}: {error.said}; tried again in {duration(seconds)}")
+        self._pause(seconds)
 
     def _refused(self, error: GcloudError, zone: str) -> ConfigError:
         field = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch import command
@@ -15,12 +15,28 @@ from launch.spec import ConfigError
 ALWAYS = ("--quiet", "--format=json")
 QUICK_SECONDS = 120.0  # gcloud itself tries what failed again for half a minute.
 LONG_SECONDS = 3600.0  # For what follows an operation to its end.
+_MOST_CHARACTERS = 1000  # Of what is told of an error.
 
 STOCKOUT = "stockout"
 QUOTA = "quota"
 EXISTS = "exists"
 MISSING = "missing"
 UNAVAILABLE = "unavailable"  # For now: asked again, it may answer.
+FAILED = "failure"  # What was begun came to nothing, through no fault of the user's.
+
+# google.rpc.Code, as far as operations end with them.
+_CODES = {
+    3: "INVALID_ARGUMENT",
+    4: "DEADLINE_EXCEEDED",
+    5: "NOT_FOUND",
+    6: "ALREADY_EXISTS",
+    7: "PERMISSION_DENIED",
+    8: "RESOURCE_EXHAUSTED",
+    9: "FAILED_PRECONDITION",
+    10: "ABORTED",
+    13: "INTERNAL",
+    14: "UNAVAILABLE",
+}
 
 # What tells them apart, in this order; the kind, and what to do. Of Google's error texts only words
 # are looked for that name the thing, for sentences change.
@@ -29,6 +45,12 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
         r"no more capacity|stockout|out of capacity|insufficient capacity",
         STOCKOUT,
         "try other zones (tpu.zones), tpu.provisioning='spot', or wait with tpu.way='queued'",
+    ),
+    (
+        # Of requests: never a reason to give up, though it is called a quota too.
+        r"per minute|per second|RATE_LIMIT_EXCEEDED|rateLimitExceeded|[Rr]ate limit",
+        UNAVAILABLE,
+        "",
     ),
     (
         r"quota.{0,200}exceeded|exceeded.{0,80}quota|Quota limit",
@@ -86,30 +108,63 @@ class GcloudError(Exception):
     """gcloud did not do what it was asked for.
 
     Attributes:
-      kind: STOCKOUT, QUOTA, EXISTS, MISSING, UNAVAILABLE, or another word for what is wrong.
+      kind: STOCKOUT, QUOTA, EXISTS, MISSING, UNAVAILABLE, FAILED, or another word for what it is.
       said: its own words, in one line.
       advice: what to do; "" where there is nothing.
+      begun: whether what was asked for may have been begun all the same.
     """
 
-    def __init__(self, kind: str, said: str, advice: str = ""):
+    def __init__(self, kind: str, said: str, advice: str = "", begun: bool = True):
         self.kind = kind
         self.said = said
         self.advice = advice
+        self.begun = begun
         super().__init__(f"{kind}: {said}" + (f"; {advice}" if advice else ""))
 
     @property
     def passes(self) -> bool:
         """Whether it may be different a little later, with the user doing nothing."""
-        return self.kind in (STOCKOUT, UNAVAILABLE)
+        return self.kind in (STOCKOUT, UNAVAILABLE, FAILED)
 
 
 def understand(text: str) -> GcloudError:
-    """What an error of gcloud's means, or one that the API keeps with a resource."""
+    """What an error of gcloud's means."""
     said = _one_line(text)
+    found = re.search(r"^\{.*\}$|\{\"error\": ?\{.*\}\}", said)
+    record = _error_record(found[0]) if found else {}
+    if "code" in record and "message" in record:
+        # Without any words around it: of an operation, which was begun and is over.
+        if found and found[0] == said:
+            return of_operation(record)
+        said = f"{record.get('status') or record['code']}: {record['message']}"
+    return _classified(said)
+
+
+def of_operation(error: Mapping[str, Any]) -> GcloudError:
+    """What an error means with which the API's work on something has ended."""
+    code = _CODES.get(error.get("code", 0), "")
+    understood = _classified(f"{code}: {error.get('message') or 'no reason is given'}".lstrip(": "))
+    understood.begun = True
+    if understood.kind in (UNAVAILABLE, "gcloud"):
+        understood.kind = FAILED
+    return understood
+
+
+def _classified(said: str) -> GcloudError:
     for pattern, kind, advice in _KINDS:
         if re.search(pattern, said):
-            return GcloudError(kind, said, advice)
+            return GcloudError(kind, said, advice, begun=kind == UNAVAILABLE)
     return GcloudError("gcloud", said)
+
+
+def _error_record(text: str) -> Mapping[str, Any]:
+    """An error as Google's APIs write it; {} if it is none."""
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return {}
+    inner = record.get("error")
+    return inner if isinstance(inner, dict) else record
 
 
 def _one_line(text: str) -> str:
@@ -117,7 +172,8 @@ def _one_line(text: str) -> str:
     start = text.rfind("ERROR:")
     said = " ".join(text[max(start, 0) :].split())
     said = re.sub(r"^ERROR: (\([\w.-]+\) )?", "", said)
-    return said[:600] or "it said nothing"
+    said = re.sub(r" ?This command is authenticated (with|as) .{0,600}? property\]?\.?", "", said)
+    return said[:_MOST_CHARACTERS] or "it said nothing"
 
 
 def run(

@@ -139,6 +139,7 @@ class HostLink(threading.Thread):
                         self._say(f"muster: lost the connection to {self.host.name}: {error}")
                     self.trouble = str(error)
                 except HostFailedError as error:
+                    self.trouble = ""  # The host is reached: nothing is to be asked of its node.
                     if self.displaced is None and not self._done:
                         self._say(f"muster: {self.host.name}: {error}")
                     return

@@ -87,13 +87,13 @@ class Queued:
     Attributes:
       name: its own.
       state: ACTIVE, WAITING_FOR_RESOURCES, ...; GONE where there is none.
-      why: what the API has against it; "" if nothing.
+      error: what the API has against it; None if nothing.
       labels: of the nodes that it makes.
     """
 
     name: str
     state: str = GONE
-    why: str = ""
+    error: GcloudError | None = None
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     maker: str = ""  # Nobody has: it is what makes nodes.
 
@@ -101,14 +101,14 @@ class Queued:
 def queued_of(record: Mapping[str, Any]) -> Queued:
     """A queued resource from gcloud's JSON."""
     state = record.get("state") or {}
-    why = ""
+    error = None
     for key, data in state.items():
         if key.endswith("Data") and isinstance(data, Mapping) and data.get("error"):
-            why = str(data["error"].get("message") or data["error"])
+            error = gcloud.of_operation(data["error"])
     specs = (record.get("tpu") or {}).get("nodeSpec") or [{}]
     labels = (specs[0].get("node") or {}).get("labels") or {}
     name = str(record.get("name", "")).rpartition("/")[2]
-    return Queued(name, str(state.get("state", "UNKNOWN")), why, dict(labels))
+    return Queued(name, str(state.get("state", "UNKNOWN")), error, dict(labels))
 
 
 def list_queued(project: str | None, zone: str) -> dict[str, Queued]:

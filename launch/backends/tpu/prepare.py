@@ -88,10 +88,9 @@ class Hosts:
         sent = sum(one["sent"] for one in found.values())
         ran = sum(one["ran"] for one in found.values())
         if sent or ran:
-            self._say(
-                f"muster: {len(self.hosts)} hosts are ready: {sent >> 10} KiB of code sent, "
-                f"set-up run on {ran}"
-            )
+            number = len(self.hosts)
+            ready = "one host is ready" if number == 1 else f"{number} hosts are ready"
+            self._say(f"muster: {ready}: {sent >> 10} KiB of code sent, set-up run on {ran}")
         return tuple(found[host.name]["prepared"] for host in self.hosts)
 
     def port(self) -> int:

@@ -160,6 +160,7 @@ class _Run:
             requests=self._requests,
             stops_at_once=self._end,
             queued=True,
+            mends_machines=True,
         )
         try:
             code = controller.run()
