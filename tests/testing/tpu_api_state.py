@@ -48,7 +48,7 @@ class TpuState:
         self.operations: dict[str, Json] = {}
         self.zones = {"us-west4-a", "us-east5-b"}
         # How long a node is CREATING, and a queued resource on its way to ACTIVE.
-        self.provision_seconds = 0.3
+        self.provision_seconds = 0.05
         self.hold = False  # While True the queue is full: nothing is provisioned.
         self.quota: int | None = None  # Chips in each zone.
         self.stockout_zones: set[str] = set()

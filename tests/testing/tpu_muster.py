@@ -27,7 +27,7 @@ class TpuMuster(MusterCommand):
             "zones": (ZONE,),
             "storage": str(storage),
             "python": sys.executable,
-            "poll_seconds": 1.5,
+            "poll_seconds": 2.5,
             "silent_seconds": 20.0,
             "idle_seconds": 60.0,
         }

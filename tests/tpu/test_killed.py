@@ -10,7 +10,7 @@ from launch.backends.tpu import ledger
 from tests.testing.tpu_muster import TpuMuster
 
 WORKERS = 3  # The requests are shared out among so many tests, which run side by side.
-QUICK = "print('hello')"
+QUICK = "import time; time.sleep(5); print('hello')"
 
 
 def kill_after(muster: TpuMuster, index: int) -> bool:
@@ -45,12 +45,14 @@ def test_after_every_request_gc_or_another_run_leaves_nothing(cloud, tmp_path, s
     for index in itertools.count(first, WORKERS):
         folder = tmp_path / f"after-{index}"
         folder.mkdir()
-        muster = TpuMuster(folder / "code", cloud, storage)
+        muster = TpuMuster(
+            folder / "code", cloud, storage, accelerator="v5litepod-4", tpu={"poll_seconds": 4.0}
+        )
         if not kill_after(muster, index):
             assert index > 15, "a whole run makes more requests"
             break
         check_all_is_on_record(muster)
-        if index % 4 == first:  # It takes longer, and ends the same way.
+        if index % 5 == first:  # It takes longer, and ends the same way.
             done = muster.run(program=QUICK)
             assert done.returncode == 0, (index, done.stderr)
             assert "hello" in done.stdout

@@ -37,11 +37,16 @@ def storage_of(muster: TpuMuster):
     return muster.storage / f"run-{muster.run_id}"
 
 
+HOSTS = 2
+
+
 def start_and_kill(muster: TpuMuster, step: int = 20) -> None:
     """Start a run that counts, and kill its controller when every process has counted so far."""
     process = muster.start(program=COUNTS)
     try:
-        wait_until(lambda: all(f"line {step}\n" in muster.log(i) for i in range(4)), "all to count")
+        wait_until(
+            lambda: all(f"line {step}\n" in muster.log(i) for i in range(HOSTS)), "all to count"
+        )
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.communicate(timeout=30)
@@ -51,7 +56,8 @@ def numbers(log: str) -> list[int]:
     return [int(line.split()[1]) for line in log.splitlines() if line.startswith("line ")]
 
 
-def test_a_run_goes_on_without_its_controller_and_is_taken_over(muster):
+def test_a_run_goes_on_without_its_controller_and_is_taken_over(gang):
+    muster = gang()
     start_and_kill(muster)
     seen = muster.cloud.api.mutations()
     status = json.loads(muster.other("status", str(muster.workdir), "--json").stdout)
@@ -65,10 +71,10 @@ def test_a_run_goes_on_without_its_controller_and_is_taken_over(muster):
     (storage_of(muster) / "enough").touch()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert "attempt 0 goes on on 4 hosts: taken over" in err
+    assert "attempt 0 goes on on 2 hosts: taken over" in err
     assert rundir.attempt_numbers(muster.workdir) == [0]
     assert muster.attempt()["cause"] == "completed"
-    for process_id in range(4):
+    for process_id in range(HOSTS):
         counted = numbers(muster.log(process_id))
         assert counted == list(range(1, len(counted) + 1)), "no line is lost, and none comes twice"
         assert f"the end of {process_id}" in muster.log(process_id)
@@ -77,26 +83,28 @@ def test_a_run_goes_on_without_its_controller_and_is_taken_over(muster):
     assert muster.there() == []
 
 
-def test_a_run_that_ended_meanwhile_is_brought_to_its_end(muster):
+def test_a_run_that_ended_meanwhile_is_brought_to_its_end(gang):
+    muster = gang()
     start_and_kill(muster)
     (storage_of(muster) / "enough").touch()
     wait_until(lambda: not any("program.py" in job for job in muster.jobs()), "the end")
     done = muster.run(program=COUNTS)
     assert done.returncode == 0, done.stderr
     assert muster.attempt()["cause"] == "completed"
-    assert all(f"the end of {i}" in muster.log(i) for i in range(4))
+    assert all(f"the end of {i}" in muster.log(i) for i in range(HOSTS))
     assert rundir.attempt_numbers(muster.workdir) == [0]
     assert muster.there() == []
 
 
-def test_stop_has_an_unattended_run_saved_and_its_machines_given_back(muster):
+def test_stop_has_an_unattended_run_saved_and_its_machines_given_back(gang):
+    muster = gang()
     start_and_kill(muster)
     assert "unattended" in muster.other("list").stdout
     done = muster.other("stop", str(muster.workdir))
     assert done.returncode == 0, done.stderr
     assert muster.attempt()["cause"] == "stopped"
     assert sorted(path.name for path in storage_of(muster).iterdir()) == [
-        f"told-{i}" for i in range(4)
+        f"told-{i}" for i in range(HOSTS)
     ]
     assert muster.there() == []
     assert muster.jobs() == []
@@ -127,15 +135,9 @@ def metadata(cloud):
 
 
 def test_machines_on_which_all_has_ended_are_given_back_from_the_inside_if_nobody_comes(
-    cloud, tmp_path, storage, metadata
+    cloud, gang, metadata
 ):
-    muster = TpuMuster(
-        tmp_path / "code",
-        cloud,
-        storage,
-        env={"GCE_METADATA_HOST": metadata},
-        tpu={"idle_seconds": 3.0},
-    )
+    muster = gang(env={"GCE_METADATA_HOST": metadata}, tpu={"idle_seconds": 3.0})
     start_and_kill(muster)
     assert muster.there()
     (storage_of(muster) / "enough").touch()

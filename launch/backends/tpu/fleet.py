@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -201,7 +202,7 @@ class Fleet(Holdings):
         there = self._ask(lambda: list_nodes(self._spec.project, zone))
         for name in {name for one in asked for name in one.nodes} - there.keys():
             # A list that leaves one out is not enough to give machines up for.
-            there[name] = self._ask(lambda name=name: find_node(self._spec.project, zone, name))
+            there[name] = self._ask(functools.partial(find_node, self._spec.project, zone, name))
         found = [(one, there[name]) for one in asked for name in one.nodes]
         for one in asked:
             if one.kind == NODE:
