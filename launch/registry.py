@@ -138,6 +138,8 @@ def find(run: str) -> Path:
     """
     if not run:
         raise ConfigError("", "RUN is empty; give a run directory or the name of a run")
+    if run.startswith("gs://"):
+        return _fetched(run)
     path = Path(run).expanduser().absolute()
     if (path / contract.RUN_RECORD).exists():
         return path
@@ -157,6 +159,20 @@ def find(run: str) -> Path:
         raise ConfigError("", f"no run directory {run!r}; give the --workdir of a `muster run`")
     names = {entry.name for entry in known}
     raise ConfigError("", f"no run {run!r}; {closest(run, names, most=_MOST_NAMES)}")
+
+
+def _fetched(url: str) -> Path:
+    """The records of a run on gs://, as they were published last."""
+    from launch.backends.tpu import gcloud, published
+
+    gcloud.check_installed()
+    try:
+        found = published.fetch(url)
+    except gcloud.GcloudError as error:
+        raise ConfigError("", f"{url} cannot be looked at: {error}") from None
+    if found is None:
+        raise ConfigError("", f"no run in {url}; give the --workdir of a `muster run`")
+    return published.place(url)
 
 
 def _matches(run: str, known: Sequence[Entry]) -> list[Entry]:

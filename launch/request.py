@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ class Request:
     Attributes:
       cluster: where to run.
       program: what to run.
-      workdir: the run directory, absolute.
+      workdir: the run directory, absolute; of one on gs://, where its records are here.
       config: the trainer's ConfigDict; None for a program of the user's own.
       command: the whole command line, for the record.
       shown: the processes whose lines are shown.
       prefixed: whether lines are marked with their process.
+      url: the run directory as it was given, if it is on gs://.
     """
 
     cluster: Cluster
@@ -35,6 +37,7 @@ class Request:
     command: tuple[str, ...]
     shown: tuple[int, ...]
     prefixed: bool
+    url: str | None = None
 
 
 def make_request(argv: Sequence[str], flags: Mapping[str, str], command: Sequence[str]) -> Request:
@@ -60,15 +63,35 @@ def make_request(argv: Sequence[str], flags: Mapping[str, str], command: Sequenc
         raise ConfigError("", f"give either --config=FILE or -- and a program; {both}")
     if not flags.get("workdir"):
         raise ConfigError("", "--workdir is missing; give --workdir=DIR, the run's directory")
-    workdir = Path(flags["workdir"]).expanduser().absolute()
     cluster = cluster_spec(from_cluster.config)
+    url = flags["workdir"].rstrip("/") if flags["workdir"].startswith("gs:") else None
+    if url is None:
+        workdir = Path(flags["workdir"]).expanduser().absolute()
+    else:
+        workdir = _check_url(url, cluster)
     if foreign:
         program = Program(tuple(foreign))
     else:
         _check_config(from_config.config, cluster)
         program = trainer_program(from_config.source, from_config.overrides, workdir, cluster.env)
     shown, prefixed = _shown(flags.get("process"), cluster.num_processes)
-    return Request(cluster, program, workdir, from_config.config, tuple(command), shown, prefixed)
+    config = from_config.config
+    return Request(cluster, program, workdir, config, tuple(command), shown, prefixed, url)
+
+
+def _check_url(url: str, cluster: Cluster) -> Path:
+    """Where the records of a run on gs:// are here."""
+    if cluster.backend != "tpu":
+        rule = f"is for backend 'tpu', and the cluster's is {cluster.backend!r}; give a directory"
+        raise ConfigError("--workdir", rule, url)
+    if cluster.tpu.storage is not None:
+        rule = f"is where the run keeps all, and so would --workdir={url}; set it to None"
+        raise ConfigError("cluster.tpu.storage", rule, cluster.tpu.storage)
+    if not re.fullmatch(r"gs://[a-z0-9][\w.-]+/.+", url):
+        raise ConfigError("--workdir", "must be gs://BUCKET/PATH or a directory", url)
+    from launch.backends.tpu.published import place
+
+    return place(url)
 
 
 def _check_config(config: Any, cluster: Cluster) -> None:

@@ -19,10 +19,12 @@ from launch.spec import Cluster, ConfigError, plain
 from launch.submission import frozen_config
 
 
-def storage_of(cluster: Cluster, name: str, run_id: str) -> str | None:
+def storage_of(request: Request, run_id: str) -> str | None:
     """The run's own directory for what lasts."""
-    base = cluster.tpu.storage
-    return None if base is None else f"{base.rstrip('/')}/{name}-{run_id}"
+    base = request.cluster.tpu.storage
+    if request.url is not None or base is None:
+        return request.url
+    return f"{base.rstrip('/')}/{request.workdir.name}-{run_id}"
 
 
 def remote_program(request: Request, storage: str | None) -> tuple[Program, dict[str, str]]:
@@ -35,7 +37,8 @@ def remote_program(request: Request, storage: str | None) -> tuple[Program, dict
         return request.program, {}
     if storage is None:
         rule = (
-            "is missing: checkpoints go there, for machines come and go; give gs://BUCKET/DIRECTORY"
+            "is missing: checkpoints go there, for machines come and go; give gs://BUCKET/DIRECTORY, "
+            "or --workdir=gs://BUCKET/PATH"
         )
         raise ConfigError("cluster.tpu.storage", rule)
     argv = list(request.program.argv)
@@ -60,7 +63,7 @@ def dry_run(request: Request) -> None:
     print("# gcloud, in this order; what is waited for is asked for again and again")
     for argv in commands.shown_in_dry_run(cluster, labels(cluster, run_id), run_id):
         print(shlex.join(argv))
-    storage = storage_of(cluster, request.workdir.name, run_id)
+    storage = storage_of(request, run_id)
     program, files = remote_program(request, storage)
     first: dict[str, str] = {}
     for plan in rendered(cluster, program, files, storage, run_id):
@@ -119,7 +122,7 @@ def check(request: Request) -> None:
       ConfigError: says what.
     """
     gcloud.check_installed()
-    remote_program(request, request.cluster.tpu.storage)
+    remote_program(request, storage_of(request, "RUN"))
     spec = request.cluster.tpu
     with tempfile.TemporaryDirectory() as folder:
         pack(spec.send_code, spec.max_file_bytes, request.workdir, Path(folder))

@@ -208,7 +208,7 @@ class _Run:
         self._acquisition.fleet.release()
 
     def _machines(self, cluster: Cluster, lease: Lease) -> TpuMachines:
-        storage = storage_of(self._request.cluster, self._run_dir.name, self._run_dir.run_id)
+        storage = storage_of(self._request, self._run_dir.run_id)
         program, files = remote_program(self._request, storage)
         return TpuMachines(
             cluster,
