@@ -188,21 +188,29 @@ class Fleet:
     def _create_all(self, asked: Sequence[Asked]) -> list[GcloudError]:
         """Create nodes side by side, for gcloud waits until they are there."""
         errors: list[GcloudError] = []
+        over = threading.Event()
 
         def one(each: Asked) -> None:
             try:
-                self._create(each, wait=time.sleep)
+                self._create(each, over)
             except GcloudError as error:
                 errors.append(error)
 
         threads = [threading.Thread(target=one, args=(each,), daemon=True) for each in asked]
         for thread in threads:
             thread.start()
-        while any(thread.is_alive() for thread in threads):
-            waited = duration(time.monotonic() - self._began)
-            names = ", ".join(each.name for each in asked)
-            self._tell(f"{names} in {asked[0].zone}: being created, asked for {waited} ago")
-            self._pause(0.1)
+        try:
+            while any(thread.is_alive() for thread in threads):
+                waited = duration(time.monotonic() - self._began)
+                names = ", ".join(each.name for each in asked)
+                self._tell(f"{names} in {asked[0].zone}: being created, asked for {waited} ago")
+                self._pause(0.1)
+        except BaseException:
+            # gcloud asks again by itself: it could make what is seen to be gone by now.
+            over.set()
+            for thread in threads:
+                thread.join()
+            raise
         return errors
 
     def _ready(self, asked: Sequence[Asked]) -> list[Node] | None:
@@ -250,15 +258,19 @@ class Fleet:
         self._ledger.write()
         return asked
 
-    def _create(self, asked: Asked, wait: Callable[[float], None] | None = None) -> None:
-        """Ask for it. To ask twice gives one: the name is its own."""
+    def _create(self, asked: Asked, over: threading.Event | None = None) -> None:
+        """Ask for it, unless that is over. To ask twice gives one: the name is its own."""
         argv = commands.create(self._cluster, asked.kind, asked.zone, asked.name, self.labels)
         try:
-            self._ask(lambda: gcloud.run(argv, timeout_seconds=gcloud.LONG_SECONDS), wait)
+            self._ask(
+                lambda: gcloud.run(argv, timeout_seconds=gcloud.LONG_SECONDS, over=over), over
+            )
         except GcloudError as error:
+            if over and over.is_set():
+                return  # Whether it is there is not known; the ledger has it.
             # gcloud itself asks again when it got no answer, and may then find its own work.
             if error.kind == EXISTS:
-                self._check_ours(asked)
+                self._check_ours(asked, over)
             else:
                 if error.begun and self._is_there(asked):
                     asked.see("FAILED")
@@ -269,8 +281,8 @@ class Fleet:
         asked.see("ASKED")
         self._ledger.write()
 
-    def _check_ours(self, asked: Asked) -> None:
-        there = self._ask(lambda: look_at(asked))
+    def _check_ours(self, asked: Asked, over: threading.Event | None) -> None:
+        there = self._ask(lambda: look_at(asked), over)
         run = self._ledger.run_id.lower()
         if there.state != GONE and there.labels.get(commands.RUN_LABEL) != run:
             asked.owned = False
@@ -284,18 +296,24 @@ class Fleet:
         except GcloudError:
             return True
 
-    def _ask(self, ask: Callable[[], Any], wait: Callable[[float], None] | None = None) -> Any:
-        """Ask, again and again while there is no answer; what it says."""
+    def _ask(self, ask: Callable[[], Any], over: threading.Event | None = None) -> Any:
+        """Ask, again and again while there is no answer; what it says.
+
+        Args:
+          ask: asks.
+          over: in a thread of its own: when it is set, no more.
+        """
         limit = time.monotonic() + _PATIENCE_SECONDS
         seconds = _RETRY_SECONDS / 4
         while True:
             try:
                 return ask()
             except GcloudError as error:
-                if error.kind != gcloud.UNAVAILABLE or time.monotonic() > limit:
+                late = time.monotonic() > limit or (over is not None and over.is_set())
+                if error.kind != gcloud.UNAVAILABLE or late:
                     raise
                 self._tell(f"Google Cloud gives no answer, asked again: {error.said}")
-            (wait or self._pause)(seconds)
+            (over.wait if over else self._pause)(seconds)
             seconds = min(60.0, seconds * 2)
 
     def _fail(self, error: GcloudError) -> None:
