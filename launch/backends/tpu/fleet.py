@@ -32,7 +32,7 @@ from launch.times import duration, seconds_of
 
 _PATIENCE_SECONDS = 900.0  # So long an API that gives no answer is asked again.
 _RETRY_SECONDS = 5.0
-_MAKE_SECONDS = 1800.0  # A node that is being made for longer will not come.
+_MAKE_SECONDS = 1800.0  # A node that is made, or worked on, for longer will not come.
 _DELETE_TRIES = 5
 _MOST_ROUND_SECONDS = 60.0  # Between two rounds through the zones, when none has anything.
 _MOST_FAILURES = 5  # What fails more often than that will not be made.
@@ -65,6 +65,7 @@ class Fleet:
         self._next_zone = 0
         self._round_seconds = _RETRY_SECONDS
         self._failures = 0
+        self._waiting: dict[str, float] = {}  # Nodes that are not ready, and since when.
         self._told = ("", 0.0)
         self._began = time.monotonic()
 
@@ -121,10 +122,10 @@ class Fleet:
                 )
                 asked.owned = False
                 self._ledger.asked.append(asked)
-            if all(node.state == READY for node in nodes):
+            if all(node.ready for node in nodes):
                 self._note_held(self._ledger.open[-1])
                 return nodes
-            self._wait(", ".join(f"{node.name} is {node.state}" for node in nodes))
+            self._wait(", ".join(f"{node.name} is {node.condition}" for node in nodes))
 
     @property
     def _chips(self) -> int:
@@ -222,21 +223,23 @@ class Fleet:
             if one.kind == NODE:
                 self._see(one, there.get(one.name, Node(one.name)).state)
         broken = {id(one): one for one, node in found if node.state not in (READY, *COMING)}
-        for one in asked:
-            age = time.time() - (seconds_of(one.state_since) or time.time())
-            if one.kind == NODE and one.state in COMING and age > _MAKE_SECONDS:
+        now = time.monotonic()
+        waiting = {node.name for _, node in found if not node.ready}
+        self._waiting = {name: self._waiting.get(name, now) for name in waiting}
+        for one, node in found:
+            if now > self._waiting.get(node.name, now) + _MAKE_SECONDS:
                 broken[id(one)] = one
         if broken:
-            states = ", ".join(f"{node.name} is {node.state}" for one, node in found
+            states = ", ".join(f"{node.name} is {node.condition}" for one, node in found
                                if id(one) in broken)  # fmt: skip
             self._say(f"muster: {states}: deleted, to be made anew")
             self.delete(list(broken.values()))
             return None
-        if all(node.state == READY and node.addresses for _, node in found):
+        if all(node.ready for _, node in found):
             for one in asked:
                 self._note_held(one)
             return [node for _, node in found]
-        self._wait(", ".join(f"{node.name} is {node.state}" for _, node in found))
+        self._wait(", ".join(f"{node.name} is {node.condition}" for _, node in found))
         return None
 
     # ------------------------------------------------------------------ asking
