@@ -71,6 +71,30 @@ def test_a_slice_preempted_during_set_up_is_made_anew(gang, cloud, storage):
     assert "was preempted" in err
 
 
+def test_before_maintenance_the_program_saves_and_after_it_the_run_goes_on(gang, cloud):
+    muster = gang()
+    started = muster.start(program=saver(60))
+    muster.wait_for_log("at 10\n")
+    cloud.api.set_node(muster.node_of(), health="UNHEALTHY_MAINTENANCE")
+    wait_until(lambda: muster.attempts_closed() == 1, "the attempt's end")
+    before = len(cloud.api.requests)
+
+    def asked(end_of_path: str) -> int:
+        return sum(one.path.endswith(end_of_path) for one in cloud.api.requests[before:])
+
+    wait_until(lambda: asked("/nodes") > 4, "the node to be looked at")
+    assert asked(":getGuestAttributes") == 0  # Nobody goes to a machine that is worked on.
+    cloud.api.set_node(muster.node_of(), health="HEALTHY")
+    err = end(muster, started)
+    assert causes(muster) == ["preempted", "completed"], err
+    assert "is about to have maintenance" in muster.attempt(0)["message"]
+    assert creations(muster) == 1
+    for i in range(2):
+        saved = muster.log(i).split()[-2]
+        assert muster.log(i).endswith(f"at {saved}\ntold\n")
+        assert muster.log(i, 1).startswith(f"from {saved}\n")
+
+
 LINES = 3000
 COUNTER = f"""
     import time
