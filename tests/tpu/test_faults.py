@@ -106,13 +106,17 @@ COUNTER = f"""
 
 def test_connections_may_fail_and_break_and_no_line_is_lost(gang, cloud):
     muster = gang()
-    refused: list[str] = []
+    asked: list[str] = []
 
     def refuse_for_a_while(request) -> None:
-        if request.path.endswith(":getGuestAttributes") and not refused:
-            refused.append(cloud.hosts_of(muster.node_of())[1])
-            cloud.hosts.refuse(refused[0], True)
-            threading.Timer(6.0, cloud.hosts.refuse, (refused[0], False)).start()
+        """From gcloud's first ssh until some seconds after it has said how all are reached."""
+        if request.path.endswith(":getGuestAttributes"):
+            address = cloud.hosts_of(muster.node_of())[1]
+            asked.append(address)
+            if len(asked) == 1:
+                cloud.hosts.refuse(address, True)
+            elif len(asked) == 2:
+                threading.Timer(6.0, cloud.hosts.refuse, (address, False)).start()
 
     cloud.api.on_request = refuse_for_a_while
     started = muster.start(program=COUNTER)
