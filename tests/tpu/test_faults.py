@@ -18,7 +18,10 @@ from tests.testing.tpu_programs import saver
 
 def end(muster: TpuMuster, started, code: int = contract.EXIT_DONE) -> str:
     """What the command has said, when it has ended with this exit code and left nothing."""
-    _, err = started.communicate(timeout=120)
+    try:
+        _, err = started.communicate(timeout=200)
+    finally:
+        started.kill()  # Of no effect on one that has ended.
     assert started.returncode == code, err
     assert (muster.there(), muster.jobs()) == ([], []), err
     assert "Traceback" not in err
@@ -82,7 +85,7 @@ def test_before_maintenance_the_program_saves_and_after_it_the_run_goes_on(gang,
     def asked(end_of_path: str) -> int:
         return sum(one.path.endswith(end_of_path) for one in cloud.api.requests[before:])
 
-    wait_until(lambda: asked("/nodes") > 4, "the node to be looked at")
+    wait_until(lambda: asked("/nodes") > 3, "the node to be looked at")
     assert asked(":getGuestAttributes") == 0  # Nobody goes to a machine that is worked on.
     cloud.api.set_node(muster.node_of(), health="HEALTHY")
     err = end(muster, started)
