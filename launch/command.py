@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 
+_LOOK_SECONDS = 0.1  # Between two looks whether a command is still wanted.
 # By another interpreter, since Python's preexec_fn is not safe where there are threads.
 _BOUND = """\
 import ctypes, os, sys
@@ -51,8 +56,10 @@ def run(
     timeout_seconds: float,
     env: Mapping[str, str] | None = None,
     bound: bool = False,
+    over: threading.Event | None = None,
 ) -> Done:
-    """Run a command to its end. It never raises; a command past its time is killed.
+    """Run a command to its end. It never raises; a command past its time is killed, and with it
+    whatever it has started in its session.
 
     Args:
       argv: the command and its arguments.
@@ -60,23 +67,39 @@ def run(
       env: over this process's own.
       bound: whether it is to be killed should this process be: what it asks for must not happen
         when nobody is left who knows of it.
+      over: its time is over when this is set, too.
     """
     words = tuple(argv)
     before = (sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid())) if bound else ()
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             (*before, *words),
             env={**os.environ, **(env or {})},
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            timeout=timeout_seconds,
-            check=False,
             start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        return Done(words, None, "", f"{words[0]} gave no answer in {timeout_seconds:g} s")
     except OSError as error:
         return Done(words, None, "", f"{words[0]}: {error.strerror}")
-    return Done(words, done.returncode, done.stdout, done.stderr)
+    limit = time.monotonic() + timeout_seconds
+    while True:
+        left = max(0.0, limit - time.monotonic())
+        try:
+            out, err = process.communicate(
+                timeout=left if over is None else min(left, _LOOK_SECONDS)
+            )
+        except subprocess.TimeoutExpired:
+            if time.monotonic() < limit and not (over and over.is_set()):
+                continue
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            why = f"gave no answer in {timeout_seconds:g} s"
+            return Done(words, None, "", f"{words[0]} {why if left <= 0 else 'was killed'}")
+        except BaseException:
+            process.kill()
+            raise
+        return Done(words, process.returncode, out, err)

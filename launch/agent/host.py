@@ -190,8 +190,9 @@ class Host:
         folder = self._folder(run, attempt)
         os.makedirs(folder, mode=0o700, exist_ok=True)
         path = self._socket(run, attempt)
-        if os.path.exists(path):
-            os.unlink(path)
+        for old in (path, path + ".new"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(old)
         code = "import sys; sys.path.insert(0, sys.argv[1]); "
         code += "from launch.agent.served import main; main(sys.argv[2:])"
         argv = [

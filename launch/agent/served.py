@@ -87,10 +87,12 @@ class Served:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
-            self._listener.bind(path)
+            self._listener.bind(path + ".new")
         finally:
             os.umask(before)
         self._listener.listen(8)
+        # Whoever finds it may connect at once: it must not be found before it listens.
+        os.rename(path + ".new", path)
         self._visitors = []  # Have not said yet who they are.
         self._line = None  # To the owner.
         self._owner = {}

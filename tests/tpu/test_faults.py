@@ -18,7 +18,10 @@ from tests.testing.tpu_programs import saver
 
 def end(muster: TpuMuster, started, code: int = contract.EXIT_DONE) -> str:
     """What the command has said, when it has ended with this exit code and left nothing."""
-    _, err = started.communicate(timeout=120)
+    try:
+        _, err = started.communicate(timeout=200)
+    finally:
+        started.kill()  # Of no effect on one that has ended.
     assert started.returncode == code, err
     assert (muster.there(), muster.jobs()) == ([], []), err
     assert "Traceback" not in err
@@ -71,6 +74,30 @@ def test_a_slice_preempted_during_set_up_is_made_anew(gang, cloud, storage):
     assert "was preempted" in err
 
 
+def test_before_maintenance_the_program_saves_and_after_it_the_run_goes_on(gang, cloud):
+    muster = gang()
+    started = muster.start(program=saver(60))
+    muster.wait_for_log("at 10\n")
+    cloud.api.set_node(muster.node_of(), health="UNHEALTHY_MAINTENANCE")
+    wait_until(lambda: muster.attempts_closed() == 1, "the attempt's end")
+    before = len(cloud.api.requests)
+
+    def asked(end_of_path: str) -> int:
+        return sum(one.path.endswith(end_of_path) for one in cloud.api.requests[before:])
+
+    wait_until(lambda: asked("/nodes") > 3, "the node to be looked at")
+    assert asked(":getGuestAttributes") == 0  # Nobody goes to a machine that is worked on.
+    cloud.api.set_node(muster.node_of(), health="HEALTHY")
+    err = end(muster, started)
+    assert causes(muster) == ["preempted", "completed"], err
+    assert "is about to have maintenance" in muster.attempt(0)["message"]
+    assert creations(muster) == 1
+    for i in range(2):
+        saved = muster.log(i).split()[-2]
+        assert muster.log(i).endswith(f"at {saved}\ntold\n")
+        assert muster.log(i, 1).startswith(f"from {saved}\n")
+
+
 LINES = 3000
 COUNTER = f"""
     import time
@@ -82,13 +109,17 @@ COUNTER = f"""
 
 def test_connections_may_fail_and_break_and_no_line_is_lost(gang, cloud):
     muster = gang()
-    refused: list[str] = []
+    asked: list[str] = []
 
     def refuse_for_a_while(request) -> None:
-        if request.path.endswith(":getGuestAttributes") and not refused:
-            refused.append(cloud.hosts_of(muster.node_of())[1])
-            cloud.hosts.refuse(refused[0], True)
-            threading.Timer(6.0, cloud.hosts.refuse, (refused[0], False)).start()
+        """From gcloud's first ssh until some seconds after it has said how all are reached."""
+        if request.path.endswith(":getGuestAttributes"):
+            address = cloud.hosts_of(muster.node_of())[1]
+            asked.append(address)
+            if len(asked) == 1:
+                cloud.hosts.refuse(address, True)
+            elif len(asked) == 2:
+                threading.Timer(6.0, cloud.hosts.refuse, (address, False)).start()
 
     cloud.api.on_request = refuse_for_a_while
     started = muster.start(program=COUNTER)

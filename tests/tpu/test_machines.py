@@ -1,6 +1,9 @@
 """Getting TPU slices and giving them back, whatever Google Cloud answers: nothing is left."""
 
 import copy
+import signal
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -119,26 +122,18 @@ def test_a_queued_resource_that_failed_is_deleted_and_another_zone_tried(one_hos
     assert f"in {ZONE} is FAILED: RESOURCE_EXHAUSTED" in done.stderr
 
 
-@pytest.mark.parametrize("half_made", [False, True])
-def test_a_creation_that_ends_in_an_error_is_made_anew(one_host, cloud, half_made):
-    muster = one_host(way="direct")
-    cloud.api.operation_error("muster", 13, "an internal error", half_made)
+def test_creations_that_end_in_errors_are_made_anew(one_host, cloud):
+    muster = one_host(way="direct", zones=(ZONE, OTHER_ZONE))
+    cloud.api.operation_error("-0$", 13, "an internal error")
+    cloud.api.operation_error("-1$", 13, "one that leaves something", half_made=True)
     done = muster.run(program=PROGRAM)
     check_done(muster, done)
-    assert created(muster) == [ZONE, ZONE]
-    assert f"{ZONE}: failure: INTERNAL: an internal error; tried again in 5" in done.stderr
+    assert created(muster) == [ZONE, OTHER_ZONE, ZONE]
+    assert f"{ZONE}: failure: INTERNAL: an internal error; trying {OTHER_ZONE}" in done.stderr
+    assert "INTERNAL: one that leaves something; tried again in 5" in done.stderr
 
 
-def test_a_creation_whose_answer_was_lost_is_taken_for_ours(one_host, cloud):
-    muster = one_host()
-    cloud.api.fault("POST", "/queuedResources$", effect=True, drop=True)
-    done = muster.run(program=PROGRAM)
-    check_done(muster, done)
-    asked = [one.status for one in cloud.api.mutations() if one.path.endswith("queuedResources")]
-    assert asked == [0, 409]
-
-
-def test_an_api_that_gives_no_answer_for_a_while_is_asked_again(one_host, cloud):
+def test_an_api_that_gives_no_answer_is_asked_again_and_what_it_made_is_ours(one_host, cloud):
     muster = one_host()
     # gcloud itself asks five times, but only once when it is told to ask less often.
     cloud.api.fault("POST", "/queuedResources$", status=503, times=5)
@@ -147,10 +142,29 @@ def test_an_api_that_gives_no_answer_for_a_while_is_asked_again(one_host, cloud)
         "user' of service 'tpu.googleapis.com' for consumer 'project_number:1'."
     )
     cloud.api.fault("POST", "/queuedResources$", status=429, message=message)
+    # And then there is one, but nobody is told.
+    cloud.api.fault("POST", "/queuedResources$", effect=True, drop=True)
     done = muster.run(program=PROGRAM)
     check_done(muster, done)
+    asked = [one.status for one in cloud.api.mutations() if one.path.endswith("queuedResources")]
+    assert asked == [503] * 5 + [429, 0, 409]
     said = [line for line in done.stderr.splitlines() if "gives no answer" in line]
     assert said == [
         "muster: Google Cloud gives no answer, asked again: UNAVAILABLE: made by the test",
         f"muster: Google Cloud gives no answer, asked again: RESOURCE_EXHAUSTED: {message}",
     ]
+
+
+def test_a_run_that_is_stopped_while_nodes_are_created_leaves_none(one_host, cloud):
+    muster = one_host(way="direct")
+    asked = threading.Event()
+    cloud.api.fault("POST", "/nodes$", times=2)  # gcloud asks again, whoever has lost interest.
+    cloud.api.on_request = lambda request: asked.set() if request.method == "POST" else None
+    started = muster.start(program=PROGRAM)
+    assert asked.wait(30)
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == contract.EXIT_RESUMABLE, err
+    time.sleep(4.0)
+    assert muster.there() == []
+    assert created(muster) == []

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from launch import rundir
+from launch.agent import served
 from launch.backends import host_plan
 from tests.testing.agents import PATIENCE_SECONDS
 from tests.testing.gangs import ROOT, wait_until
@@ -197,6 +198,24 @@ def test_without_an_owner_it_goes_on_until_the_deadline_and_not_longer(agent):
     assert time.monotonic() - began > 3.5
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_its_socket_is_found_only_when_it_can_be_connected_to(monkeypatch, tmp_path):
+    path = str(tmp_path / "socket")
+    found = []
+
+    class Watched(socket.socket):
+        def listen(self, *arguments):
+            found.append(os.path.exists(path))
+            super().listen(*arguments)
+
+    monkeypatch.setattr(served.socket, "socket", Watched)
+    owner = served.Served(path)
+    assert found == [False]
+    with socket.socket(socket.AF_UNIX) as visitor:
+        visitor.connect(path)
+    assert [os.path.basename(one) for one in os.listdir(tmp_path)] == ["socket"]
+    assert owner.plan is None
 
 
 def test_an_agent_that_nobody_wants_does_not_wait_for_ever(tmp_path):

@@ -443,6 +443,13 @@ def test_after_a_failure_they_are_kept_unless_one_is_leaving():
     assert "back to the queue without h2" in close.retry.why
 
 
+def test_machines_that_are_mended_are_not_said_to_be_left():
+    supervisor = queued(mends_machines=True, restart={"max_preemptions": 1})
+    gone = [lost("h1", 1), told(0, -15, 1, since=1), told(2, -15, 1, since=1)]
+    close, _, _ = one_attempt(supervisor, 1.0, *gone)
+    assert close.retry.why == "interruption 1 of 1, again when its machines are in order"
+
+
 def test_a_lost_machine_is_given_back():
     supervisor = queued(restart={"max_preemptions": 1})
     gone = [lost("h1", 1), told(0, -15, 1, since=1), told(2, -15, 1, since=1)]

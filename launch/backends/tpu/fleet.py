@@ -28,8 +28,8 @@ from launch.contract import utc
 from launch.spec import Cluster, ConfigError
 from launch.times import duration, seconds_of
 
-_MAKE_SECONDS = 1800.0  # A node that is being made for longer will not come.
 _RETRY_SECONDS = 5.0
+_MAKE_SECONDS = 1800.0  # A node that is made, or worked on, for longer will not come.
 _MOST_ROUND_SECONDS = 60.0  # Between two rounds through the zones, when none has anything.
 _MOST_FAILURES = 5  # What fails more often than that will not be made.
 _SAID_EVERY_SECONDS = 300.0  # A wait in which nothing changes is told again after this.
@@ -60,6 +60,7 @@ class Fleet(Holdings):
         self._next_zone = 0
         self._round_seconds = _RETRY_SECONDS
         self._failures = 0
+        self._waiting: dict[str, float] = {}  # Nodes that are not ready, and since when.
         self._told = ("", 0.0)
         self._began = time.monotonic()
 
@@ -112,10 +113,10 @@ class Fleet(Holdings):
                 )
                 asked.owned = False
                 self._ledger.asked.append(asked)
-            if all(node.state == READY for node in nodes):
+            if all(node.ready for node in nodes):
                 self._note_held(self._ledger.open[-1])
                 return nodes
-            self._wait(", ".join(f"{node.name} is {node.state}" for node in nodes))
+            self._wait(", ".join(f"{node.name} is {node.condition}" for node in nodes))
 
     @property
     def _chips(self) -> int:
@@ -179,21 +180,29 @@ class Fleet(Holdings):
     def _create_all(self, asked: Sequence[Asked]) -> list[GcloudError]:
         """Create nodes side by side, for gcloud waits until they are there."""
         errors: list[GcloudError] = []
+        over = threading.Event()
 
         def one(each: Asked) -> None:
             try:
-                self._create(each, wait=time.sleep)
+                self._create(each, over)
             except GcloudError as error:
                 errors.append(error)
 
         threads = [threading.Thread(target=one, args=(each,), daemon=True) for each in asked]
         for thread in threads:
             thread.start()
-        while any(thread.is_alive() for thread in threads):
-            waited = duration(time.monotonic() - self._began)
-            names = ", ".join(each.name for each in asked)
-            self._tell(f"{names} in {asked[0].zone}: being created, asked for {waited} ago")
-            self._pause(0.1)
+        try:
+            while any(thread.is_alive() for thread in threads):
+                waited = duration(time.monotonic() - self._began)
+                names = ", ".join(each.name for each in asked)
+                self._tell(f"{names} in {asked[0].zone}: being created, asked for {waited} ago")
+                self._pause(0.1)
+        except BaseException:
+            # gcloud asks again by itself: it could make what is seen to be gone by now.
+            over.set()
+            for thread in threads:
+                thread.join()
+            raise
         return errors
 
     def _ready(self, asked: Sequence[Asked]) -> list[Node] | None:
@@ -208,21 +217,23 @@ class Fleet(Holdings):
             if one.kind == NODE:
                 self._see(one, there[one.name].state)
         broken = {id(one): one for one, node in found if node.state not in (READY, *COMING)}
-        for one in asked:
-            age = time.time() - (seconds_of(one.state_since) or time.time())
-            if one.kind == NODE and one.state in COMING and age > _MAKE_SECONDS:
+        now = time.monotonic()
+        waiting = {node.name for _, node in found if not node.ready}
+        self._waiting = {name: self._waiting.get(name, now) for name in waiting}
+        for one, node in found:
+            if now > self._waiting.get(node.name, now) + _MAKE_SECONDS:
                 broken[id(one)] = one
         if broken:
-            states = ", ".join(f"{node.name} is {node.state}" for one, node in found
+            states = ", ".join(f"{node.name} is {node.condition}" for one, node in found
                                if id(one) in broken)  # fmt: skip
             self._say(f"muster: {states}: deleted, to be made anew")
             self.delete(list(broken.values()))
             return None
-        if all(node.state == READY and node.addresses for _, node in found):
+        if all(node.ready for _, node in found):
             for one in asked:
                 self._note_held(one)
             return [node for _, node in found]
-        self._wait(", ".join(f"{node.name} is {node.state}" for _, node in found))
+        self._wait(", ".join(f"{node.name} is {node.condition}" for _, node in found))
         return None
 
     # ------------------------------------------------------------------ asking
@@ -242,15 +253,19 @@ class Fleet(Holdings):
         self._ledger.write()
         return asked
 
-    def _create(self, asked: Asked, wait: Callable[[float], None] | None = None) -> None:
-        """Ask for it. To ask twice gives one: the name is its own."""
+    def _create(self, asked: Asked, over: threading.Event | None = None) -> None:
+        """Ask for it, unless that is over. To ask twice gives one: the name is its own."""
         argv = commands.create(self._cluster, asked.kind, asked.zone, asked.name, self._labels)
         try:
-            self._ask(lambda: gcloud.run(argv, timeout_seconds=gcloud.LONG_SECONDS), wait)
+            self._ask(
+                lambda: gcloud.run(argv, timeout_seconds=gcloud.LONG_SECONDS, over=over), over
+            )
         except GcloudError as error:
+            if over and over.is_set():
+                return  # Whether it is there is not known; the ledger has it.
             # gcloud itself asks again when it got no answer, and may then find its own work.
             if error.kind == EXISTS:
-                self._check_ours(asked)
+                self._check_ours(asked, over)
             else:
                 if error.begun and self._is_there(asked):
                     asked.see("FAILED")
@@ -261,8 +276,8 @@ class Fleet(Holdings):
         asked.see("ASKED")
         self._ledger.write()
 
-    def _check_ours(self, asked: Asked) -> None:
-        there = self._ask(lambda: look_at(asked))
+    def _check_ours(self, asked: Asked, over: threading.Event | None) -> None:
+        there = self._ask(lambda: look_at(asked), over)
         run = self._ledger.run_id.lower()
         if there.state != GONE and there.labels.get(commands.RUN_LABEL) != run:
             asked.owned = False

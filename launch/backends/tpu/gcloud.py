@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -177,7 +178,11 @@ def _one_line(text: str) -> str:
 
 
 def run(
-    argv: Sequence[str], *, timeout_seconds: float = QUICK_SECONDS, json_output: bool = True
+    argv: Sequence[str],
+    *,
+    timeout_seconds: float = QUICK_SECONDS,
+    json_output: bool = True,
+    over: threading.Event | None = None,
 ) -> Any:
     """Run a gcloud command; what it prints.
 
@@ -185,11 +190,12 @@ def run(
       argv: as `commands` gives it.
       timeout_seconds: how long it may take.
       json_output: whether that is JSON.
+      over: when it is set, the command is killed.
 
     Raises:
       GcloudError: it failed.
     """
-    done = command.run(argv, timeout_seconds=timeout_seconds, bound=True)
+    done = command.run(argv, timeout_seconds=timeout_seconds, over=over, bound=True)
     if not done.ok:
         raise understand(done.err or done.out or done.last_word)
     if not json_output:

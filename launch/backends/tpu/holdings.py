@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -149,20 +150,26 @@ class Holdings:
 
     # ------------------------------------------------------------------ asking
 
-    def _ask(self, ask: Callable[[], Any], wait: Callable[[float], None] | None = None) -> Any:
-        """Ask, again and again while there is no answer; what it says."""
+    def _ask(self, ask: Callable[[], Any], over: threading.Event | None = None) -> Any:
+        """Ask, again and again while there is no answer; what it says.
+
+        Args:
+          ask: asks.
+          over: in a thread of its own: when it is set, no more.
+        """
         limit = time.monotonic() + _PATIENCE_SECONDS
         seconds = _RETRY_SECONDS
         while True:
             try:
                 return ask()
             except GcloudError as error:
-                if error.kind != gcloud.UNAVAILABLE or time.monotonic() > limit:
+                late = time.monotonic() > limit or (over is not None and over.is_set())
+                if error.kind != gcloud.UNAVAILABLE or late:
                     raise
                 if error.said != self._unheard:
                     self._unheard = error.said
                     self._say(f"muster: Google Cloud gives no answer, asked again: {error.said}")
-            (wait or self._pause)(seconds)
+            (over.wait if over else self._pause)(seconds)
             seconds = min(60.0, seconds * 2)
 
     # ------------------------------------------------------------------ keeping the books

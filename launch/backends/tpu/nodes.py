@@ -12,6 +12,7 @@ from launch.backends.tpu.ledger import Asked
 
 READY = "READY"
 COMING = ("CREATING", "STARTING", "RESTARTING", "REIMAGING", "REPAIRING", "UNKNOWN", "UNHIDING")
+MAINTENANCE = "UNHEALTHY_MAINTENANCE"  # Its health; work on the machine is near, or going on.
 GONE = "GONE"  # The API has no such thing any more.
 
 # Of queued resources.
@@ -42,6 +43,16 @@ class Node:
     internal_addresses: tuple[str, ...] = ()
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     maker: str = ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether a gang can start on it."""
+        return self.state == READY and bool(self.addresses) and self.health != MAINTENANCE
+
+    @property
+    def condition(self) -> str:
+        """What keeps it from being ready, as the API calls it."""
+        return f"{self.state}, {self.health}" if self.health == MAINTENANCE else self.state
 
     @property
     def project(self) -> str:

@@ -37,8 +37,8 @@ def remote_program(request: Request, storage: str | None) -> tuple[Program, dict
         return request.program, {}
     if storage is None:
         rule = (
-            "is missing: checkpoints go there, for machines come and go; give gs://BUCKET/DIRECTORY, "
-            "or --workdir=gs://BUCKET/PATH"
+            "is missing: checkpoints go there, for machines come and go; give "
+            "gs://BUCKET/DIRECTORY, or --workdir=gs://BUCKET/PATH"
         )
         raise ConfigError("cluster.tpu.storage", rule)
     argv = list(request.program.argv)

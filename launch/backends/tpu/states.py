@@ -8,9 +8,8 @@ import time
 from collections.abc import Sequence
 
 from launch.backends.tpu.gcloud import GcloudError
-from launch.backends.tpu.nodes import GONE, READY, Node, find_node, list_nodes
+from launch.backends.tpu.nodes import GONE, MAINTENANCE, READY, Node, find_node, list_nodes
 
-MAINTENANCE = "UNHEALTHY_MAINTENANCE"
 _WORKING = ("REPAIRING", "RESTARTING", "REIMAGING")
 
 
