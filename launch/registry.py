@@ -170,7 +170,7 @@ def _fetched(url: str) -> Path:
         found = published.fetch(url)
     except gcloud.GcloudError as error:
         raise ConfigError("", f"{url} cannot be looked at: {error}") from None
-    if found is None:
+    if not found:
         raise ConfigError("", f"no run in {url}; give the --workdir of a `muster run`")
     return published.place(url)
 

@@ -66,6 +66,10 @@ def run(request: Request, detached: bool = False) -> int:
         from launch.backends.tpu import remote
 
         remote.check(request)
+        if request.url is not None:
+            from launch.backends.tpu import published
+
+            published.take(request.url)
     run_dir = take(request)
     if run_dir is None:
         return attach.view(request.workdir, request.shown, request.prefixed)

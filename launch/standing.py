@@ -12,7 +12,7 @@ from typing import Any
 from launch import contract, live, rundir
 from launch.backends.slurm import client, jobs
 from launch.backends.slurm.client import Job
-from launch.backends.tpu import ledger
+from launch.backends.tpu import ledger, published
 from launch.times import seconds_of
 
 RUNNING = "running"  # Somebody holds the directory.
@@ -105,6 +105,9 @@ def standing(run: Path, now: float | None = None) -> Standing:
             if now - heard_at <= live.SILENT_SECONDS:
                 return Standing(RUNNING, holder, False, said, heard_at, last)
             return Standing(SILENT, None, False, None, heard_at, last)
+    elsewhere = published.elsewhere(run)
+    if elsewhere is not None and not _is_final(last):
+        return Standing(RUNNING, elsewhere, False, None, heard_at, last)
     if cause is None and _has_machines(run):
         cause = UNATTENDED
     return Standing(cause or KILLED, None, False, None, heard_at, last)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from launch import contract, live, registry, rundir, stop
 from launch.backends.slurm import client, jobs
-from launch.backends.tpu import ledger
+from launch.backends.tpu import ledger, published
+from launch.spec import ConfigError
 from launch.standing import QUEUED, SILENT, UNATTENDED, Standing, standing
 from launch.times import ago, duration, rough
 
@@ -26,6 +27,10 @@ def ask_to_stop(name: str, flags: Mapping[str, str]) -> int:
     before = standing(run)
     if before.state == QUEUED:
         return _cancel(run)
+    if published.elsewhere(run):
+        owner = before.owner or {}
+        rule = f"is looked after by process id {owner.get('pid')} on host {owner.get('host')}"
+        raise ConfigError("", f"{name} {rule}; stop it there")
     if before.state == UNATTENDED or (not before.running and _kept(run)):
         return _end_unattended(run)
     if not before.running:

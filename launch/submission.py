@@ -37,6 +37,7 @@ def write_submission(run: Path, request: Request) -> None:
         "program_env": dict(request.program.env),
         "config": None if request.config is None else plain(request.config),
         "command": list(request.command),
+        "url": request.url,
     }
     rundir.write_private(run / SUBMISSION, record)
 
@@ -118,4 +119,5 @@ def read_submission(run: Path, env: Mapping[str, str]) -> Request:
         command=tuple(record["command"]),
         shown=(),
         prefixed=False,
+        url=record.get("url"),
     )

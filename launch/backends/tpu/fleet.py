@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import threading
 import time
 from collections.abc import Callable, Sequence
 
-from launch.backends.tpu import commands, gcloud
+from launch.backends.tpu import gcloud
 from launch.backends.tpu.commands import NODE, QUEUED
-from launch.backends.tpu.gcloud import EXISTS, FAILED, QUOTA, STOCKOUT, GcloudError
-from launch.backends.tpu.holdings import Holdings, labels
+from launch.backends.tpu.creation import Creation
+from launch.backends.tpu.gcloud import STOCKOUT, GcloudError
 from launch.backends.tpu.ledger import Asked, Ledger
 from launch.backends.tpu.nodes import (
     ACTIVE,
@@ -24,18 +23,15 @@ from launch.backends.tpu.nodes import (
     list_nodes,
     look_at,
 )
+from launch.backends.tpu.zones import Zones
 from launch.contract import utc
 from launch.spec import Cluster, ConfigError
 from launch.times import duration, seconds_of
 
-_RETRY_SECONDS = 5.0
 _MAKE_SECONDS = 1800.0  # A node that is made, or worked on, for longer will not come.
-_MOST_ROUND_SECONDS = 60.0  # Between two rounds through the zones, when none has anything.
-_MOST_FAILURES = 5  # What fails more often than that will not be made.
-_SAID_EVERY_SECONDS = 300.0  # A wait in which nothing changes is told again after this.
 
 
-class Fleet(Holdings):
+class Fleet(Creation):
     """The machines that one run wants; see Holdings."""
 
     def __init__(
@@ -45,26 +41,10 @@ class Fleet(Holdings):
         say: Callable[[str], None],
         pause: Callable[[float], None],
     ):
-        """Takes what the run wants and what it has.
-
-        Args:
-          cluster: a TPU cluster.
-          ledger: of the run.
-          say: tells the user a line.
-          pause: waits so many seconds; raises when the run is to stop.
-        """
-        super().__init__(ledger, say, pause)
-        self._cluster = cluster
-        self._spec = cluster.tpu
-        self._labels = labels(cluster, ledger.run_id)
-        self._next_zone = 0
-        self._round_seconds = _RETRY_SECONDS
-        self._failures = 0
+        """See Creation."""
+        super().__init__(cluster, ledger, say, pause)
+        self._zones = Zones(cluster, say, pause)
         self._waiting: dict[str, float] = {}  # Nodes that are not ready, and since when.
-        self._told = ("", 0.0)
-        self._began = time.monotonic()
-
-    # ------------------------------------------------------------------ getting
 
     def acquire(self) -> list[Node]:
         """Have all slices, READY; waits as long as that takes.
@@ -75,8 +55,7 @@ class Fleet(Holdings):
         Raises:
           ConfigError: it cannot be, whatever the wait.
         """
-        self._began = time.monotonic()
-        self._round_seconds, self._failures = _RETRY_SECONDS, 0
+        self._zones.begin()
         if self._spec.nodes:
             return self._adopt()
         self.reconcile()
@@ -87,7 +66,7 @@ class Fleet(Holdings):
             try:
                 nodes = self._queued() if self._spec.way == "queued" else self._direct()
             except GcloudError as error:
-                self._fail(error)
+                self._zones.fail(error)
                 nodes = None
             if nodes is not None:
                 return nodes
@@ -118,15 +97,11 @@ class Fleet(Holdings):
                 return nodes
             self._wait(", ".join(f"{node.name} is {node.condition}" for node in nodes))
 
-    @property
-    def _chips(self) -> int:
-        return self._cluster.slice.chips * self._cluster.slices
-
     def _queued(self) -> list[Node] | None:
         """One look at the queued resource, which is asked for if there is none."""
         asked = self._ledger.owned[-1] if self._ledger.owned else None
         if asked is None:
-            asked = self._intend(QUEUED, self._zone, len(self._ledger.asked))
+            asked = self._intend(QUEUED, self._zones.here, len(self._ledger.asked))
         if asked.state is None:
             self._create(asked)
         queued = self._ask(lambda: look_at(asked))
@@ -165,7 +140,7 @@ class Fleet(Holdings):
     def _direct(self) -> list[Node] | None:
         """Create the nodes, all in one zone."""
         open_ = self._ledger.owned
-        zone = open_[0].zone if open_ else self._zone
+        zone = open_[0].zone if open_ else self._zones.here
         missing = self._cluster.slices - len(open_)
         first = len(self._ledger.asked)
         asked = [*open_, *(self._intend(NODE, zone, first + i) for i in range(missing))]
@@ -176,34 +151,6 @@ class Fleet(Holdings):
                 self.delete(self._ledger.owned)  # All or nothing: slices must be in one zone.
             raise errors[0]
         return self._ready(asked)
-
-    def _create_all(self, asked: Sequence[Asked]) -> list[GcloudError]:
-        """Create nodes side by side, for gcloud waits until they are there."""
-        errors: list[GcloudError] = []
-        over = threading.Event()
-
-        def one(each: Asked) -> None:
-            try:
-                self._create(each, over)
-            except GcloudError as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=one, args=(each,), daemon=True) for each in asked]
-        for thread in threads:
-            thread.start()
-        try:
-            while any(thread.is_alive() for thread in threads):
-                waited = duration(time.monotonic() - self._began)
-                names = ", ".join(each.name for each in asked)
-                self._tell(f"{names} in {asked[0].zone}: being created, asked for {waited} ago")
-                self._pause(0.1)
-        except BaseException:
-            # gcloud asks again by itself: it could make what is seen to be gone by now.
-            over.set()
-            for thread in threads:
-                thread.join()
-            raise
-        return errors
 
     def _ready(self, asked: Sequence[Asked]) -> list[Node] | None:
         """The nodes, if they are all in order; else waits, or makes those that are not anew."""
@@ -235,117 +182,3 @@ class Fleet(Holdings):
             return [node for _, node in found]
         self._wait(", ".join(f"{node.name} is {node.condition}" for _, node in found))
         return None
-
-    # ------------------------------------------------------------------ asking
-
-    @property
-    def _zone(self) -> str:
-        return self._spec.zones[self._next_zone % len(self._spec.zones)]
-
-    def _intend(self, kind: str, zone: str, number: int) -> Asked:
-        """Write down what is about to be asked for."""
-        name = commands.resource_name(self._ledger.run_id, number)
-        nodes = commands.node_names(self._cluster, name) if kind == QUEUED else (name,)
-        chips = self._chips if kind == QUEUED else self._cluster.slice.chips
-        now = utc(time.time())
-        asked = Asked(kind, name, self._spec.project, zone, nodes, chips, now)
-        self._ledger.asked.append(asked)
-        self._ledger.write()
-        return asked
-
-    def _create(self, asked: Asked, over: threading.Event | None = None) -> None:
-        """Ask for it, unless that is over. To ask twice gives one: the name is its own."""
-        argv = commands.create(self._cluster, asked.kind, asked.zone, asked.name, self._labels)
-        try:
-            self._ask(
-                lambda: gcloud.run(argv, timeout_seconds=gcloud.LONG_SECONDS, over=over), over
-            )
-        except GcloudError as error:
-            if over and over.is_set():
-                return  # Whether it is there is not known; the ledger has it.
-            # gcloud itself asks again when it got no answer, and may then find its own work.
-            if error.kind == EXISTS:
-                self._check_ours(asked, over)
-            else:
-                if error.begun and self._is_there(asked):
-                    asked.see("FAILED")
-                    self.delete([asked])
-                else:
-                    self._close(asked)
-                raise
-        asked.see("ASKED")
-        self._ledger.write()
-
-    def _check_ours(self, asked: Asked, over: threading.Event | None) -> None:
-        there = self._ask(lambda: look_at(asked), over)
-        run = self._ledger.run_id.lower()
-        if there.state != GONE and there.labels.get(commands.RUN_LABEL) != run:
-            asked.owned = False
-            self._close(asked)
-            raise GcloudError("name", f"there is another {asked.name}, which this run has not made")
-
-    def _is_there(self, asked: Asked) -> bool:
-        """Whether a creation that failed has left something behind; if unknown, yes."""
-        try:
-            return look_at(asked).state != GONE
-        except GcloudError:
-            return True
-
-    def _fail(self, error: GcloudError) -> None:
-        """What an error means for the run: another zone, a wait, or its end.
-
-        Raises:
-          ConfigError: the end.
-        """
-        last = self._next_zone % len(self._spec.zones) == len(self._spec.zones) - 1
-        here = self._zone
-        if error.kind not in (STOCKOUT, QUOTA, "zone", "accelerator") and not error.passes:
-            raise self._refused(error, here)
-        self._next_zone += 1
-        if not last:
-            self._say(f"muster: {here}: {error.kind}: {error.said}; trying {self._zone}")
-            return
-        self._failures += error.kind == FAILED
-        if error.kind not in (STOCKOUT, FAILED) or self._failures > _MOST_FAILURES:
-            raise self._refused(error, here)
-        waited = time.monotonic() - self._began
-        limit = self._spec.queue_seconds
-        if limit is not None and waited > limit:
-            raise self._refused(error, ", ".join(self._spec.zones))
-        seconds = self._round_seconds
-        self._round_seconds = min(_MOST_ROUND_SECONDS, seconds * 2)
-        zones = ", ".join(self._spec.zones)
-        what = f"no zone has it ({zones})" if error.kind == STOCKOUT else f"{here}: {error.kind}"
-        self._say(f"muster: {what}: {error.said}; tried again in {duration(seconds)}")
-        self._pause(seconds)
-
-    def _refused(self, error: GcloudError, zone: str) -> ConfigError:
-        field = {
-            "zone": "cluster.tpu.zones",
-            "accelerator": "cluster.accelerator",
-            "runtime version": "cluster.tpu.runtime_version",
-        }.get(error.kind, "")
-        rule = f"Google Cloud refuses it in {zone}: {error}"
-        if not field:
-            return ConfigError("", rule)
-        values = {
-            "cluster.tpu.zones": zone,
-            "cluster.accelerator": self._cluster.accelerator,
-            "cluster.tpu.runtime_version": self._spec.runtime_version,
-        }
-        return ConfigError(field, rule, values[field])
-
-    # ------------------------------------------------------------------ waiting
-
-    def _wait(self, what: str) -> None:
-        """Wait until the next look."""
-        self._tell(what)
-        self._pause(self._spec.poll_seconds)
-
-    def _tell(self, what: str) -> None:
-        """Say what is waited for, when it has changed but for its age, or now and then."""
-        key = what.partition(", asked for")[0]
-        told, at = self._told
-        if key != told or time.monotonic() > at + _SAID_EVERY_SECONDS:
-            self._told = (key, time.monotonic())
-            self._say(f"muster: {what}")

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ class Ledger:
       kept: what is there stays after the run's end, by the user's wish.
       created_at: when the machines that there are now were first asked for.
       asked: the newest last.
+      on_intent: called when something is about to be asked for, and is written down.
     """
 
     def __init__(self, run: Path, run_id: str):
@@ -102,6 +103,7 @@ class Ledger:
         self.kept = False
         self.created_at = ""
         self.asked: list[Asked] = []
+        self.on_intent: Callable[[], None] = lambda: None
         self.read_again()
 
     def read_again(self) -> None:

@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,14 @@ def place(url: str) -> Path:
     return registry.state_dir() / "remote" / url.removeprefix("gs://").strip("/")
 
 
-def fetch(url: str) -> dict[str, Any] | None:
+def fetch(url: str) -> bool:
     """Have the newest records of a run here.
 
     Args:
       url: the run directory, `gs://BUCKET/PATH`.
 
     Returns:
-      Who published them last (host, pid, time); None if nothing was published there.
+      Whether there are any.
 
     Raises:
       GcloudError: no answer, or no leave.
@@ -53,7 +53,7 @@ def fetch(url: str) -> dict[str, Any] | None:
         published = gcloud.run(["gcloud", "storage", "cat", _object(url), "--quiet"])
     except GcloudError as error:
         if error.kind == MISSING or "matched no objects" in error.said:
-            return None
+            return False
         raise
     run = place(url)
     known = rundir.read_record(run / _PUBLISHED) or {}
@@ -65,8 +65,9 @@ def fetch(url: str) -> dict[str, Any] | None:
                 continue
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             contract.write_atomically(path, text, mode=0o600)
-        rundir.write_private(run / _PUBLISHED, {"serial": published["serial"]})
-    return dict(published["owner"])
+    if published["serial"] >= known.get("serial", 0):
+        _note(run, published["serial"], published["owner"])
+    return True
 
 
 def take(url: str) -> None:
@@ -76,18 +77,33 @@ def take(url: str) -> None:
       ConfigError: there is one, or gcloud gives no answer.
     """
     try:
-        owner = fetch(url)
+        fetch(url)
     except GcloudError as error:
         raise ConfigError("workdir", f"cannot be looked at: {error}", url) from None
-    if owner is None or owner["host"] == os.uname().nodename or owner.get("over"):
-        return
-    heard = time.time() - (seconds_of(owner["time"]) or 0.0)
-    if heard < _DEAD_SECONDS:
+    owner = elsewhere(place(url))
+    if owner is not None:
         rule = (
-            f"is in use by process id {owner['pid']} on host {owner['host']}, heard of "
-            f"{heard:.0f} s ago; wait for its end, stop it there, or choose another --workdir"
+            f"is in use by process id {owner['pid']} on host {owner['host']}; wait for its end, "
+            "stop it there, or choose another --workdir"
         )
         raise ConfigError("workdir", rule, url)
+
+
+def elsewhere(run: Path) -> dict[str, Any] | None:
+    """Who looks after a run from another machine, by what was fetched last; None if nobody does.
+
+    Args:
+      run: where its records are on this machine.
+    """
+    owner = (rundir.read_record(run / _PUBLISHED) or {}).get("owner")
+    if not owner or owner["over"] or owner["host"] == os.uname().nodename:
+        return None
+    heard = time.time() - (seconds_of(owner["time"]) or 0.0)
+    return dict(owner) if heard < _DEAD_SECONDS else None
+
+
+def _note(run: Path, serial: int, owner: Mapping[str, Any]) -> None:
+    rundir.write_private(run / _PUBLISHED, {"serial": serial, "owner": dict(owner)})
 
 
 def _object(url: str) -> str:
@@ -151,7 +167,7 @@ class Publisher:
                 )
             self._serial += 1
             self._text, self._at = text, time.monotonic()
-            rundir.write_private(self._run / _PUBLISHED, {"serial": self._serial})
+            _note(self._run, self._serial, owner)
 
     def close(self) -> None:
         """Publish the end."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import random
 import sys
 import tempfile
 import time
@@ -19,13 +18,13 @@ from launch.backends.tpu.gcloud import GcloudError
 from launch.backends.tpu.ledger import Ledger
 from launch.backends.tpu.machines import Lease, TpuMachines
 from launch.backends.tpu.prepare import LostError, UnreachedError
+from launch.backends.tpu.published import Publisher
 from launch.backends.tpu.remote import remote_program, storage_of
 from launch.contract import utc
 from launch.control import control, record_run
-from launch.events import Verdict
 from launch.ownership import RunDir
 from launch.request import Request
-from launch.restart import Outcome, Restarts, outcome_of
+from launch.restart import PREEMPTIONS, Outcome, outcome_of
 from launch.signals import Signals
 from launch.spec import Cluster, ConfigError
 from launch.submission import read_submission, write_submission
@@ -91,11 +90,13 @@ class _Run:
             request.cluster, run_dir, ledger=self._ledger, say=_say, pause=self._pause
         )
         self._history: list[Outcome] = []
+        self._losses = 0  # Of machines, before an attempt began on them.
         self._look_due = self._live_due = 0.0
         self._folder = Path()
 
     def run(self) -> int:
         """See the run through."""
+        publisher = self._publisher()
         try:
             with tempfile.TemporaryDirectory(dir=self._run_dir.path, prefix=".code-") as folder:
                 self._folder = Path(folder)
@@ -103,6 +104,16 @@ class _Run:
                     return self._attempts()
         finally:
             live.clear(self._run_dir.path)
+            if publisher:
+                publisher.close()
+
+    def _publisher(self) -> Publisher | None:
+        """What keeps the records on gs://, if the run is there."""
+        if self._request.url is None:
+            return None
+        publisher = Publisher(self._request.url, self._run_dir.path, _say)
+        self._ledger.on_intent = publisher.publish
+        return publisher
 
     def _attempts(self) -> int:
         displaced = False
@@ -134,7 +145,13 @@ class _Run:
 
     def _find_machines(self) -> tuple[Lease, Cluster]:
         if not self._end:
-            return self._acquisition.lease(self._folder)
+            try:
+                return self._acquisition.lease(self._folder)
+            except ConfigError as error:
+                if not self._history:
+                    raise
+                # It was right once: a spent quota, say. The run is as good as it was.
+                raise _GivenUpError(str(error)) from None
         try:
             found = self._acquisition.left_running(self._folder)
         except LostError:
@@ -178,21 +195,19 @@ class _Run:
     def _count_loss(self, error: LostError) -> None:
         """Machines were lost before an attempt began on them: wait, or give up."""
         _say(f"muster: {error}")
-        restarts = Restarts(
-            self._request.cluster.restart,
-            reports=False,
-            furthest_step=rundir.furthest_step(self._run_dir.path),
-            rng=random.Random(),
-        )
-        verdict = Verdict("preempted", contract.EXIT_RESUMABLE, str(error))
-        self._history.append(Outcome(verdict, None, None))
-        retry = [restarts.after(outcome) for outcome in self._history][-1]
-        if not retry.again:
-            raise _GivenUpError(retry.why)
+        restart = self._request.cluster.restart
+        preempted = sum(outcome.verdict.cause in PREEMPTIONS for outcome in self._history)
+        spent, budget = preempted + self._losses, restart.max_preemptions
+        self._losses += 1
+        if spent >= budget:
+            raise _GivenUpError(
+                f"given up: interruption {spent + 1}, and restart.max_preemptions is {budget}"
+            )
         if isinstance(error, UnreachedError):
             # Whatever is wrong with them: others may be better.
             self._acquisition.fleet.delete(self._ledger.owned)
-        self._wait(retry.delay_seconds)
+        doubled = restart.backoff_seconds * 2.0 ** min(self._losses - 1, 30)
+        self._wait(min(restart.max_backoff_seconds, doubled))
 
     def _release(self) -> None:
         """Give the machines back, at the end."""
