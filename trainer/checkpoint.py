@@ -9,6 +9,7 @@ can make the processes of a gang disagree on where to stop (orbax-checkpoint 0.1
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import threading
 import time
@@ -33,6 +34,8 @@ from trainer.checkpoint_format import (
 )
 from trainer.save_watch import SaveWatch
 from trainer.snapshot import Snapshot
+
+log = logging.getLogger(__name__)
 
 State = Mapping[str, jax.Array]
 
@@ -231,18 +234,19 @@ class Checkpointer:
         self.last_save_seconds = self._clock() - self._last_time
         if not distributed.is_lead():
             return
-        drop = checkpoint_directory.steps_to_drop(
-            self._files.steps_in(self.directory),
-            self._spec.keep_last,
-            self._spec.keep_every_steps,
-        )
-        if drop:
-            self._deletion = threading.Thread(
-                target=self._files.remove_all,
-                args=([self._path(step) for step in drop],),
-                name="checkpoint_deletion",
+        self._deletion = threading.Thread(target=self._retain, name="checkpoint_deletion")
+        self._deletion.start()
+
+    def _retain(self) -> None:
+        try:
+            drop = checkpoint_directory.steps_to_drop(
+                self._files.steps_in(self.directory),
+                self._spec.keep_last,
+                self._spec.keep_every_steps,
             )
-            self._deletion.start()
+            self._files.remove_all(self._path(step) for step in drop)
+        except Exception as error:  # The next save tries again.
+            log.warning("old checkpoints in %s are not deleted: %s", self.directory, error)
 
     def _failed(self, error: Exception) -> CheckpointError:
         lines = str(error).strip().splitlines() or [type(error).__name__]

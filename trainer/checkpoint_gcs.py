@@ -18,6 +18,7 @@ All functions here are the lead process's alone, except where they say so.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import os
 from collections.abc import Iterable
@@ -52,7 +53,13 @@ def _entries(directory: Path) -> list[str]:
 
 
 def _committed(step: Path) -> bool:
-    return storage.filesystem().exists(os.fspath(step / COMMIT_FILE))
+    # Not `exists`, which some of fsspec's filesystems answer with no when they could not ask: an
+    # outage must not make a step look unfinished.
+    try:
+        storage.filesystem().info(os.fspath(step / COMMIT_FILE))
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def written_path(step: Path) -> Path:
@@ -78,10 +85,11 @@ def set_aside(directory: Path, step: int, why: str) -> Path:
     # The commit file goes last: until then the rest is still a step, found damaged again and set
     # aside by the next start, should this one be cut off. Without it, it would be deleted.
     for group in ([name for name in names if name != COMMIT_FILE], commit):
-        storage.filesystem().mv(
-            [os.fspath(source / name) for name in group],
-            [os.fspath(target / name) for name in group],
-        )
+        if group:
+            storage.filesystem().mv(
+                [os.fspath(source / name) for name in group],
+                [os.fspath(target / name) for name in group],
+            )
     log.warning("checkpoint step %d cannot be used: %s; set aside as %s", step, why, target)
     return target
 
@@ -93,10 +101,12 @@ def has_damaged(directory: Path) -> bool:
 
 def remove(path: Path) -> None:
     """Delete a step; a failure is said and not fatal."""
+    files = storage.filesystem()
     try:
-        if _committed(path):
-            storage.filesystem().rm_file(os.fspath(path / COMMIT_FILE))
-        storage.filesystem().rm(os.fspath(path), recursive=True)
+        with contextlib.suppress(FileNotFoundError):
+            files.rm_file(os.fspath(path / COMMIT_FILE))
+        with contextlib.suppress(FileNotFoundError):
+            files.rm(os.fspath(path), recursive=True)
     except Exception as error:  # gcsfs's own errors have nothing in common.
         log.warning("cannot delete %s: %s", path, storage.reason(error))
 
@@ -116,12 +126,14 @@ def read_probe(directory: Path, token: str, process: int) -> str | None:
     """On every other process: is it the lead's bucket, and can it be written from here too?"""
     try:
         found = storage.filesystem().cat_file(os.fspath(directory / PROBE)).decode()
+    except FileNotFoundError:
+        found = ""
     except Exception as error:
         if not storage.is_refusal(error):
             raise
         return f"cannot be read: {storage.reason(error)}"
     if found != token:
-        return "is not what the lead process sees there"
+        return "is not the same on the lead process; is it the same storage?"
     own = directory / f"{PROBE}-{process}"
     problem = _try_to_write(own, token)
     if problem is None:
@@ -203,7 +215,7 @@ def verify(step: Path, files: Digests, part: int = 0, parts: int = 1) -> None:
 
 
 def _is_intact(path: Path, wanted: dict[str, Any]) -> bool:
-    whole = checksums.crc32c() if "crc32c" in wanted else None
+    whole = checksums.Crc32c() if "crc32c" in wanted else None
     chunks = []  # of a local checkpoint that somebody copied here
     for start in range(0, max(wanted["bytes"], 1), checksums.CHUNK_BYTES):
         end = min(start + checksums.CHUNK_BYTES, wanted["bytes"])
@@ -215,4 +227,4 @@ def _is_intact(path: Path, wanted: dict[str, Any]) -> bool:
             whole.update(data)
         else:
             chunks.append(xxhash.xxh3_64_hexdigest(data))
-    return checksums.text_of(whole) == wanted["crc32c"] if whole else chunks == wanted["xxh3_64"]
+    return whole.hexdigest() == wanted["crc32c"] if whole else chunks == wanted["xxh3_64"]

@@ -52,31 +52,35 @@ def _digest(chunk: _Chunk) -> str:
                 break
             hasher.update(buffer[:count])
             left -= count
-    return text_of(hasher)
+    return hasher.hexdigest()
 
 
-def text_of(hasher: Any) -> str:
-    """A digest as a manifest has it: XXH3 in hexadecimal, CRC32C as Google says it."""
-    if isinstance(hasher, xxhash.xxh3_64):
-        return hasher.hexdigest()
-    return base64.b64encode(hasher.digest()).decode()
-
-
-def crc32c() -> Any:
-    """A hasher like those of xxhash, of the checksum that Google Cloud Storage has.
+class Crc32c:
+    """The checksum that Google Cloud Storage has of every object; used like xxhash's.
 
     Raises:
       ConfigError: the package for it is missing.
     """
-    try:
-        import google_crc32c
-    except ImportError:
-        raise ConfigError(
-            "",
-            "verifying a checkpoint from Google Cloud Storage needs the package google-crc32c; "
-            "pip install google-crc32c",
-        ) from None
-    return google_crc32c.Checksum()
+
+    def __init__(self) -> None:
+        try:
+            import google_crc32c
+        except ImportError:
+            raise ConfigError(
+                "",
+                "verifying a checkpoint from Google Cloud Storage needs the package google-crc32c; "
+                "pip install google-crc32c",
+            ) from None
+        self._extend = google_crc32c.extend
+        self._value = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take more bytes."""
+        self._value = self._extend(self._value, bytes(data))  # It takes nothing but bytes.
+
+    def hexdigest(self) -> str:
+        """In base64 for all its name: so Google says it."""
+        return base64.b64encode(self._value.to_bytes(4, "big")).decode()
 
 
 def _chunks(path: pathlib.Path, size: int) -> list[_Chunk]:
@@ -172,7 +176,7 @@ def verify(root: pathlib.Path, files: Digests, part: int = 0, parts: int = 1) ->
         if size != wanted["bytes"]:
             raise DamagedError(f"{name} has {size} bytes instead of {wanted['bytes']}")
         if "crc32c" in wanted:  # Of the whole file, as it was on Google Cloud Storage.
-            chunks.append((_Chunk(path, 0, size, crc32c), wanted["crc32c"]))
+            chunks.append((_Chunk(path, 0, size, Crc32c), wanted["crc32c"]))
         else:
             chunks += zip(_chunks(path, size), wanted["xxh3_64"], strict=True)
     _verify_chunks(root, chunks[part::parts])

@@ -1,8 +1,8 @@
 """Where a run directory is: on a file system, or on Google Cloud Storage (`gs://BUCKET/PATH`).
 
 Local paths are `pathlib.Path` and plain calls of the operating system, as if there were no other.
-Paths on GCS are `etils.epath.Path`, which Orbax uses as well. What both have is here; the package
-gcsfs is imported when the first path on GCS is, and its filesystem is the one that epath asks.
+Paths on GCS are `etils.epath.Path`, which Orbax uses as well, over gcsfs; that is imported with the
+first path on GCS. The bytes of arrays take another way, tensorstore's own client.
 
 GCS is not a file system: an object is written whole or not at all, and the last writer wins; there
 are no directories, only names that begin alike; nothing can be appended to or renamed as a tree.
@@ -74,17 +74,21 @@ def path(name: str | os.PathLike[str]) -> Path:
         return pathlib.Path(name).absolute()
     from etils import epath
 
-    filesystem()  # As we want it, before epath makes one as it likes.
+    filesystem()  # Its settings must be there before epath makes one.
     return epath.Path(os.fspath(name))
 
 
 @functools.cache
 def filesystem() -> Any:
-    """gcsfs's filesystem, the very one that epath and with it Orbax use.
+    """gcsfs's filesystem; epath, and with it Orbax, get one with the same settings.
 
     Raises:
       ImportError: gcsfs is missing.
     """
+    # Plain requests are all that is asked of gcsfs here. Otherwise it asks over gRPC, at every
+    # operation until there is an answer, what kind of bucket it is: where gRPC does not get
+    # through, each of them then takes a minute (gcsfs 2026.10.1). It reads this when imported.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import aiohttp
     import fsspec
     import gcsfs  # noqa: F401 (fsspec's own message would be about conda)
@@ -99,7 +103,7 @@ def filesystem() -> Any:
     if "GCSFS_DEBUG" not in os.environ:
         # It logs every refusal with its traceback, and raises it as well: who catches it tells it.
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    return fsspec.filesystem("gcs", finalize_on_close=True)  # epath's words: so it is the same one.
+    return fsspec.filesystem("gcs")
 
 
 def status(error: BaseException) -> int | None:
@@ -124,7 +128,8 @@ def reason(error: BaseException) -> str:
             "`gcloud auth application-default login` or a service account"
         )
     if number == 403:
-        return f"access is denied ({text.partition(' ')[2][-200:]})"
+        # gcsfs gives the request's URL on the first line, and Google's words below.
+        return f"access is denied ({' '.join(str(error).splitlines()[1:])[:300]})"
     return text[:300]
 
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import re
+import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from http.server import ThreadingHTTPServer
 
@@ -69,20 +72,31 @@ class _Fault:
     left: int
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    daemon_threads = True
+
+    def handle_error(self, *unused: object) -> None:
+        """Clients come and go, and are killed; anything else is a mistake here."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(*unused)  # type: ignore[arg-type]
+
+
 class FakeGcs:
     """The storage, and the server that speaks for it."""
 
     def __init__(self) -> None:
         self.buckets: dict[str, dict[str, Stored]] = {}
-        self.requests: list[str] = []  # "METHOD /path?query", in the order of their coming
+        # "METHOD /path?query" in the order of their coming; uploads end in "name=OBJECT".
+        self.requests: list[str] = []
         self.uploads: dict[str, tuple[str, str, Mapping[str, str], bytearray]] = {}
         self.lock = threading.RLock()
         self._generations = itertools.count(1_700_000_000_000_001)
         self._faults: list[_Fault] = []
         self._held: list[tuple[re.Pattern[str], threading.Event]] = []
         self._read_only: set[str] = set()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self.latency_seconds = 0.0  # before each answer
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.storage = self  # type: ignore[attr-defined]
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(
@@ -98,7 +112,6 @@ class FakeGcs:
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",  # tensorstore's
             "NO_GCE_CHECK": "true",  # gcsfs then takes no time to find that this is no machine
             "GCE_METADATA_HOST": "127.0.0.1:1",  # of Google's.
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # It asks over gRPC for a bucket's kind.
         }
 
     def close(self) -> None:
@@ -129,6 +142,13 @@ class FakeGcs:
         """Answer the next `count` requests whose "METHOD /path?query" matches with an error."""
         with self.lock:
             self._faults.append(_Fault(re.compile(pattern), status, count))
+
+    def wait_for(self, pattern: str, timeout_seconds: float = 30.0) -> None:
+        """Wait until a request has come that matches."""
+        deadline = time.monotonic() + timeout_seconds
+        while not any(re.search(pattern, request) for request in list(self.requests)):
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.requests[-50:]}"
+            time.sleep(0.01)
 
     def failures_left(self) -> int:
         """How many of the failures asked for have not happened yet."""
@@ -161,6 +181,7 @@ class FakeGcs:
         with self.lock:
             self.requests.append(request)
             held = [event for pattern, event in self._held if pattern.search(request)]
+        time.sleep(self.latency_seconds)
         for event in held:
             event.wait(60)
         with self.lock:
@@ -265,6 +286,12 @@ class FakeGcs:
             raise ApiError(412, "At least one of the pre-conditions you specified did not hold.")
         if query.get("ifGenerationNotMatch") == generation:
             raise ApiError(304)
+
+
+@functools.cache
+def shared() -> FakeGcs:
+    """The one server of this test process: tensorstore may ask the environment only once."""
+    return FakeGcs()
 
 
 def error_body(error: ApiError) -> bytes:

@@ -27,7 +27,8 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = dict(parse_qsl(url.query, keep_blank_values=True))
         try:
-            self.storage.admit(f"{self.command} {unquote(url.path)}?{url.query}")
+            name = self._uploaded_name(query, body)
+            self.storage.admit(f"{self.command} {unquote(url.path)}?{unquote(url.query)}{name}")
             self._route(url.path, query, body)
         except ApiError as error:
             self._answer(error.status, error_body(error) if error.status != 304 else b"")
@@ -49,6 +50,15 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
             return body
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _uploaded_name(self, query: dict[str, str], body: bytes) -> str:
+        """The name of the object that an upload is of, where the URL does not say it."""
+        if query.get("upload_id") in self.storage.uploads:
+            return f"&name={self.storage.uploads[query['upload_id']][1]}"
+        if query.get("uploadType") in ("multipart", "resumable") and "name" not in query:
+            match = re.search(rb'"name": ?"([^"]+)"', body)
+            return f"&name={match[1].decode()}" if match else ""
+        return ""
 
     def _answer(self, status: int, body: bytes = b"", headers: Mapping[str, str] = {}) -> None:
         self.send_response(status)
