@@ -39,14 +39,16 @@ def probe(directory: storage.Path) -> None:
     problems = distributed.gather("checkpoint/probe", problem)
     if lead and not problems[0]:
         files.remove_probe(directory)
-    for process, problem in enumerate(problems):
-        if not problem:
-            continue
-        rule = f"{problem} (process {process}); choose another --workdir"
-        if storage.is_remote(directory):
-            rule += ", or see to the bucket and to who may write it"
-            raise ConfigError("--workdir", rule, str(directory.parent))
-        raise ConfigError("checkpoint directory", rule, str(directory))
+    seen = [process for process, problem in enumerate(problems) if problem]
+    if not seen:
+        return
+    rule = f"{problems[seen[0]]} (process {seen[0]}); choose another --workdir"
+    error = ConfigError("checkpoint directory", rule, str(directory))
+    if storage.is_remote(directory):
+        rule += ", or see to the bucket and to who may write it"
+        error = ConfigError("--workdir", rule, str(directory.parent))
+    # A lead that leaves before all have heard it would be the reason for the others' end.
+    distributed.fail_together(error, accuses=seen)
 
 
 def newest_usable(directory: storage.Path) -> int | None:

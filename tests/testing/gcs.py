@@ -93,7 +93,7 @@ class FakeGcs:
         self.lock = threading.RLock()
         self._generations = itertools.count(1_700_000_000_000_001)
         self._faults: list[_Fault] = []
-        self._held: list[tuple[re.Pattern[str], threading.Event]] = []
+        self._held: list[tuple[re.Pattern[str], threading.Event, bool]] = []
         self._read_only: set[str] = set()
         self.latency_seconds = 0.0  # before each answer
         self._server = _Server(("127.0.0.1", 0), Handler)
@@ -155,13 +155,14 @@ class FakeGcs:
         return sum(fault.left for fault in self._faults)
 
     def forgive(self) -> None:
-        """Take back all failures that have not happened."""
+        """Take back all failures that have not happened, and let all buckets be written."""
         self._faults.clear()
+        self._read_only.clear()
 
     @contextlib.contextmanager
-    def hold(self, pattern: str) -> Iterator[None]:
-        """Answer no request that matches before the end of the `with`."""
-        held = (re.compile(pattern), threading.Event())
+    def hold(self, pattern: str, *, lose: bool = False) -> Iterator[None]:
+        """Answer no request that matches before the end of the `with`; `lose`: nor do it then."""
+        held = (re.compile(pattern), threading.Event(), lose)
         with self.lock:
             self._held.append(held)
         try:
@@ -180,10 +181,12 @@ class FakeGcs:
         """Note a request; hold it back or refuse it where a test said so."""
         with self.lock:
             self.requests.append(request)
-            held = [event for pattern, event in self._held if pattern.search(request)]
+            held = [entry[1:] for entry in self._held if entry[0].search(request)]
         time.sleep(self.latency_seconds)
-        for event in held:
+        for event, lose in held:
             event.wait(60)
+            if lose:
+                raise ApiError(503, "lost")
         with self.lock:
             for fault in self._faults:
                 if fault.left and fault.pattern.search(request):

@@ -348,3 +348,6 @@ def test_a_listing_is_whole_over_all_its_pages(gcs):
     directory = storage.path(CHECKPOINTS)
     assert checkpoint_gcs.steps_in(directory) == list(range(24, -1, -1))
     assert len(storage.objects_below(directory)) == 25
+    gcs.put(BUCKET, f"{BELOW}25/commit_success.txt", b"", {})  # By another process.
+    assert checkpoint_gcs.steps_in(directory)[0] == 25
+    assert directory / "25" in list(directory.iterdir()), "epath's own listings are cached"
