@@ -98,6 +98,14 @@ def test_a_step_without_its_commit_file_does_not_count_and_is_deleted(two_steps,
     assert f"{CHECKPOINTS}/20 was never finished" in caplog.text
 
 
+def test_an_unfinished_step_that_cannot_be_deleted_is_still_no_step(two_steps, caplog):
+    del two_steps.buckets[BUCKET][f"{BELOW}20/commit_success.txt"]
+    two_steps.fail(400, 1000, "DELETE .*/20/")
+    assert restore().step == 10
+    assert f"cannot delete {CHECKPOINTS}/20: injected" in caplog.text
+    assert top(two_steps) == ["10", "20"]
+
+
 def test_an_unfinished_step_can_be_saved_again(gcs):
     saver = checkpointer()
     with gcs.hold(f"POST .*name={BELOW}7/commit_success"):
