@@ -5,6 +5,8 @@ import pathlib
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
+# A run directory may be gs://BUCKET/PATH; google-crc32c comes with gcsfs, and is imported as well.
+GCS = ["gcsfs>=2026.1.0", "google-crc32c>=1.6.0"]
 
 setup(
     name="muster",
@@ -29,7 +31,7 @@ setup(
         "xxhash>=3.5.0",
     ],
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", *GCS],
         "cuda": ["jax[cuda13]"],
         "test": [
             "pytest>=8.4",
@@ -40,6 +42,7 @@ setup(
             "mypy",
             "scikit-learn>=1.8",  # configs/digits.py trains on its digits.
             "torch>=2.13.0",
+            *GCS,
         ],
     },
     entry_points={"console_scripts": ["muster=launch.main:console"]},

@@ -8,12 +8,9 @@ can make the processes of a gang disagree on where to stop (orbax-checkpoint 0.1
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import logging
 import os
-import pathlib
-import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,44 +19,25 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from launch.spec import CheckpointSpec, ConfigError
-from trainer import checkpoint_directory, checkpoint_format, checksums, distributed
+from launch.spec import CheckpointSpec
+from trainer import checkpoint_choice, checkpoint_directory, checkpoint_format, distributed, storage
+from trainer.checkpoint_choice import CheckpointError
 from trainer.checkpoint_format import (
-    MANIFEST,
     META,
     STATE,
+    Restored,
     StateHandler,
     StateRestore,
     StateSave,
     compare,
     describe,
 )
+from trainer.save_watch import SaveWatch
 from trainer.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
 State = Mapping[str, jax.Array]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none of those that exist can be read."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """A checkpoint read back.
-
-    Attributes:
-      step: completed updates.
-      state: dotted name -> array, in the shardings asked for.
-      data_position: the JSON value given to `save`.
-      config: the resolved config of the run that saved it.
-    """
-
-    step: int
-    state: dict[str, jax.Array]
-    data_position: Any
-    config: Mapping[str, Any]
 
 
 class Checkpointer:
@@ -81,7 +59,7 @@ class Checkpointer:
         """See that the directory can be written from every process.
 
         Args:
-          directory: on a file system that all processes share; made if missing.
+          directory: on a file system that all processes share, made if missing; or on GCS.
           spec: when to save and what to keep.
           config: the resolved config, JSON; kept in every step.
           clock: seconds; only the lead's counts.
@@ -90,7 +68,8 @@ class Checkpointer:
         Raises:
           ConfigError: the directory cannot be written, or is not the same on all processes.
         """
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = storage.path(directory)
+        self._files = checkpoint_choice.files_of(self.directory)
         self._spec = spec
         self._config = config
         self._clock = clock
@@ -99,9 +78,14 @@ class Checkpointer:
         self._newest: int | None = None  # the newest step saved, restored or on its way
         self._good: int | None = None  # the newest step known to be committed
         self._saving: int | None = None
+        self._watch: SaveWatch | None = (
+            None  # of the save on its way, where storage is asked dearly
+        )
         self._deletion: threading.Thread | None = None
+        # Called on the lead just before each commit, on a thread of Orbax's.
+        self.before_commit: Callable[[], None] | None = None
         self._snapshot = Snapshot() if jax.default_backend() == "cpu" else None
-        self._probe()
+        checkpoint_choice.probe(self.directory)
         self._handler = StateHandler(use_ocdbt=True, use_compression=False)
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
@@ -112,25 +96,6 @@ class Checkpointer:
                 post_finalization_callback=self._write_manifest,
             ),
         )
-
-    def _probe(self) -> None:
-        lead = distributed.is_lead()
-        token = secrets.token_hex(8)
-        problem = checkpoint_directory.write_probe(self.directory, token) if lead else None
-        token, problem = distributed.broadcast("checkpoint/probe", (token, problem))
-        process = jax.process_index()
-        if not problem and not lead:
-            problem = checkpoint_directory.read_probe(self.directory, token, process)
-        problems = distributed.gather("checkpoint/probe", problem)
-        if lead and not problems[0]:
-            checkpoint_directory.remove_probe(self.directory)
-        for process, problem in enumerate(problems):
-            if problem:
-                raise ConfigError(
-                    "checkpoint directory",
-                    f"{problem} (process {process}); choose another --workdir",
-                    str(self.directory),
-                )
 
     # ---- When to save ----
 
@@ -202,12 +167,13 @@ class Checkpointer:
             )
         except Exception as error:
             raise self._failed(error) from error
+        if storage.is_remote(self.directory):
+            self._watch = SaveWatch(self._orbax.wait_until_finished)
 
     def _write_manifest(self) -> None:
-        path = self._path(self._saving)
-        checkpoint_format.complete_manifest(
-            path.with_name(path.name + checkpoint_directory.TEMPORARY_SUFFIX)
-        )
+        if self.before_commit is not None:
+            self.before_commit()
+        checkpoint_format.complete_manifest(self._files.written_path(self._path(self._saving)))
 
     @property
     def saving(self) -> bool:
@@ -225,12 +191,17 @@ class Checkpointer:
         """
         if self._saving is None:
             return False
-        try:
-            self._orbax.check_for_errors()
-        except Exception as error:
-            raise self._failed(error) from error
-        if not self._path(self._saving).exists():
-            return False
+        if self._watch is not None:
+            if not self._watch.ended:
+                return False
+            self._await()
+        else:
+            try:
+                self._orbax.check_for_errors()
+            except Exception as error:
+                raise self._failed(error) from error
+            if not self._path(self._saving).exists():
+                return False
         self._committed()
         return True
 
@@ -241,14 +212,21 @@ class Checkpointer:
           CheckpointError: it failed.
         """
         if self._saving is not None:
-            try:
-                self._orbax.wait_until_finished()
-            except Exception as error:
-                raise self._failed(error) from error
+            self._await()
             self._committed()
         if self._deletion is not None:
             self._deletion.join()
             self._deletion = None
+
+    def _await(self) -> None:
+        watch, self._watch = self._watch, None
+        try:
+            if watch is not None:
+                watch.join()
+            else:
+                self._orbax.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
 
     def _committed(self) -> None:
         """Let retention do its work, now that the newest step is safe."""
@@ -256,18 +234,19 @@ class Checkpointer:
         self.last_save_seconds = self._clock() - self._last_time
         if not distributed.is_lead():
             return
-        drop = checkpoint_directory.steps_to_drop(
-            checkpoint_directory.steps_in(self.directory),
-            self._spec.keep_last,
-            self._spec.keep_every_steps,
-        )
-        if drop:
-            self._deletion = threading.Thread(
-                target=checkpoint_directory.remove_all,
-                args=([self._path(step) for step in drop],),
-                name="checkpoint_deletion",
+        self._deletion = threading.Thread(target=self._retain, name="checkpoint_deletion")
+        self._deletion.start()
+
+    def _retain(self) -> None:
+        try:
+            drop = checkpoint_directory.steps_to_drop(
+                self._files.steps_in(self.directory),
+                self._spec.keep_last,
+                self._spec.keep_every_steps,
             )
-            self._deletion.start()
+            self._files.remove_all(self._path(step) for step in drop)
+        except Exception as error:  # The next save tries again.
+            log.warning("old checkpoints in %s are not deleted: %s", self.directory, error)
 
     def _failed(self, error: Exception) -> CheckpointError:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -300,7 +279,7 @@ class Checkpointer:
           CheckpointError: there are steps, and none can be used.
           ConfigError: the step's leaves are not those wanted; the text lists them.
         """
-        step = self._newest_usable()
+        step = checkpoint_choice.newest_usable(self.directory)
         if step is None:
             return None
         path = self._path(step)
@@ -319,41 +298,5 @@ class Checkpointer:
         self._last_time = self._clock()
         return Restored(step, state, meta["data_position"], meta["config"])
 
-    def _newest_usable(self) -> int | None:
-        """The newest step whose checksums hold, the same on all processes."""
-        lead = distributed.is_lead()
-        steps: list[int] = []
-        had_damaged = False
-        if lead:
-            checkpoint_directory.remove_unfinished(self.directory)
-            steps = checkpoint_directory.steps_in(self.directory)
-            had_damaged = checkpoint_directory.has_damaged(self.directory)
-        steps, had_damaged = distributed.broadcast("checkpoint/steps", (steps, had_damaged))
-        for step in steps:
-            problems = distributed.gather("checkpoint/verify", self._problem(step), 3600.0)
-            why = next((problem for problem in problems if problem), None)
-            if why is None:
-                return step
-            if lead:
-                checkpoint_directory.set_aside(self.directory, step, why)
-        distributed.barrier("checkpoint/set_aside")
-        if steps or had_damaged:
-            raise CheckpointError(
-                f"none of the checkpoints in {self.directory} can be used; those set aside are in "
-                f"{checkpoint_directory.DAMAGED}/. To start this run anew, give another --workdir "
-                "or move that directory away"
-            )
-        return None
-
-    def _problem(self, step: int) -> str | None:
-        """What this process finds wrong with its share of a step's files, or None."""
-        path = self._path(step)
-        try:
-            files = checksums.read_manifest(path / MANIFEST)
-            checksums.verify(path, files, jax.process_index(), jax.process_count())
-        except checksums.DamagedError as error:
-            return str(error)
-        return None
-
-    def _path(self, step: int | None) -> pathlib.Path:
+    def _path(self, step: int | None) -> storage.Path:
         return self.directory / str(step)

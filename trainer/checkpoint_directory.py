@@ -5,6 +5,7 @@
     checkpoints/damaged/20-0/             set aside: never used, never deleted by us
 
 All functions here touch the disk and are the lead process's alone, except where they say so.
+`checkpoint_gcs` has the same ones for Google Cloud Storage.
 """
 
 from __future__ import annotations
@@ -13,20 +14,30 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+
+from trainer.storage import Path
 
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged"
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
-_PROBE = ".probe"
+PROBE = ".probe"
 
 
 def steps_in(directory: pathlib.Path) -> list[int]:
     """Steps that have a directory of their own, newest first, whatever is in them."""
-    return sorted(
-        (int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()), reverse=True
-    )
+    return step_numbers(entry.name for entry in directory.iterdir())
+
+
+def step_numbers(names: Iterable[str]) -> list[int]:
+    """The steps among the names of a directory's entries, newest first. Pure."""
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def written_path(step: pathlib.Path) -> pathlib.Path:
+    """Where a step is while it is written: beside its place, until Orbax renames it."""
+    return step.with_name(step.name + TEMPORARY_SUFFIX)
 
 
 def steps_to_drop(steps: Iterable[int], keep_last: int, keep_every_steps: int) -> list[int]:
@@ -57,12 +68,18 @@ def set_aside(directory: pathlib.Path, step: int, why: str) -> pathlib.Path:
     """Move a step that cannot be used out of the way, and say so."""
     damaged = directory / DAMAGED
     damaged.mkdir(exist_ok=True)
-    number = 0
-    while (target := damaged / f"{step}-{number}").exists():
-        number += 1
+    target = damaged_target(damaged, step, {entry.name for entry in damaged.iterdir()})
     os.rename(directory / str(step), target)
     log.warning("checkpoint step %d cannot be used: %s; set aside as %s", step, why, target)
     return target
+
+
+def damaged_target(damaged: Path, step: int, taken: Container[str]) -> Path:
+    """A free name for a step that is set aside. Pure."""
+    number = 0
+    while f"{step}-{number}" in taken:
+        number += 1
+    return damaged / f"{step}-{number}"
 
 
 def has_damaged(directory: pathlib.Path) -> bool:
@@ -92,7 +109,7 @@ def write_probe(directory: pathlib.Path, token: str) -> str | None:
     """Make the directory and write into it; the problem in words, or None."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / _PROBE).write_text(token, encoding="utf-8")
+        (directory / PROBE).write_text(token, encoding="utf-8")
     except OSError as error:
         return f"cannot be written: {error.strerror}"
     return None
@@ -101,12 +118,12 @@ def write_probe(directory: pathlib.Path, token: str) -> str | None:
 def read_probe(directory: pathlib.Path, token: str, process: int) -> str | None:
     """On every other process: is it the lead's directory, and can it be written from here too?"""
     try:
-        found = (directory / _PROBE).read_text(encoding="utf-8")
+        found = (directory / PROBE).read_text(encoding="utf-8")
     except OSError:
         found = ""
     if found != token:
         return "is not the lead process's directory; it must be on a shared file system"
-    own = directory / f"{_PROBE}-{process}"
+    own = directory / f"{PROBE}-{process}"
     try:
         own.write_text(token, encoding="utf-8")
         own.unlink()
@@ -117,4 +134,4 @@ def read_probe(directory: pathlib.Path, token: str, process: int) -> str | None:
 
 def remove_probe(directory: pathlib.Path) -> None:
     """Delete what `write_probe` wrote."""
-    (directory / _PROBE).unlink(missing_ok=True)
+    (directory / PROBE).unlink(missing_ok=True)

@@ -5,7 +5,8 @@
     checksums.json    the manifest of all files above
 
 The manifest is written before the commit (each process digests what it wrote, and the lead adds
-the rest), so a step that is there at all has one, and one without it is damaged.
+the rest; on Google Cloud Storage the lead asks for the checksums that are known there), so a step
+that is there at all has one, and one without it is damaged.
 """
 
 from __future__ import annotations
@@ -20,11 +21,28 @@ import jax
 import orbax.checkpoint as ocp
 
 from launch.spec import ConfigError
-from trainer import checksums
+from trainer import checkpoint_gcs, checksums, storage
 
 MANIFEST = "checksums.json"
 STATE, META = "state", "meta"
 _PROCESS_MANIFEST = "checksums.process_{}.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint read back.
+
+    Attributes:
+      step: completed updates.
+      state: dotted name -> array, in the shardings asked for.
+      data_position: the JSON value given to `save`.
+      config: the resolved config of the run that saved it.
+    """
+
+    step: int
+    state: dict[str, jax.Array]
+    data_position: Any
+    config: Mapping[str, Any]
 
 
 def describe(array: Any) -> dict[str, Any]:
@@ -72,6 +90,8 @@ class StateHandler(ocp.PyTreeCheckpointHandler):
 
     async def async_save(self, directory: Any, args: Any) -> Any:
         futures = await super().async_save(directory, args=args)
+        if storage.is_remote(directory):
+            return futures
         return [_Then(futures or [], lambda: self._digest(pathlib.Path(directory)))]
 
     @staticmethod
@@ -109,12 +129,15 @@ class _Then:
         self._function()
 
 
-def complete_manifest(temporary: pathlib.Path) -> None:
+def complete_manifest(temporary: storage.Path) -> None:
     """Join the processes' checksums and add the rest, just before the commit. Lead process only.
 
     Args:
       temporary: the step's directory under its temporary name; nobody writes its items any more.
     """
+    if storage.is_remote(temporary):
+        checkpoint_gcs.complete_manifest(temporary, (STATE, META), MANIFEST)
+        return
     digests: checksums.Digests = {}
     for process in range(jax.process_count()):
         own = temporary / STATE / _PROCESS_MANIFEST.format(process)

@@ -1,25 +1,31 @@
 """Checksums of a checkpoint's files: Orbax does not notice a byte that has changed on the disk.
 
 A manifest lists every file below a directory with its size and one XXH3 digest per chunk, so that
-one large file can be read by many threads and processes.
+one large file can be read by many threads and processes. A step that was written to Google Cloud
+Storage has the CRC32C of each whole file instead, which is known there; see `checkpoint_gcs`.
+Either kind can be copied to the other place.
 """
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import xxhash
 
+from launch.spec import ConfigError
+
 CHUNK_BYTES = 64 * 2**20
 _BUFFER_BYTES = 2**18  # stays in the processor's cache between read and digest
 
-Digests = dict[str, dict[str, Any]]  # relative path -> {"bytes": int, "xxh3_64": [hex, ...]}
+# Relative path -> {"bytes": int, "xxh3_64": [hex, ...]}, or with "crc32c": base64 for the latter.
+Digests = dict[str, dict[str, Any]]
 
 
 class DamagedError(Exception):
@@ -31,10 +37,11 @@ class _Chunk:
     path: pathlib.Path
     start: int
     length: int
+    make: Callable[[], Any] = xxhash.xxh3_64
 
 
 def _digest(chunk: _Chunk) -> str:
-    hasher = xxhash.xxh3_64()
+    hasher = chunk.make()
     buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(1, chunk.length))))
     left = chunk.length
     with open(chunk.path, "rb", buffering=0) as file:
@@ -46,6 +53,34 @@ def _digest(chunk: _Chunk) -> str:
             hasher.update(buffer[:count])
             left -= count
     return hasher.hexdigest()
+
+
+class Crc32c:
+    """The checksum that Google Cloud Storage has of every object; used like xxhash's.
+
+    Raises:
+      ConfigError: the package for it is missing.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import google_crc32c
+        except ImportError:
+            raise ConfigError(
+                "",
+                "verifying a checkpoint from Google Cloud Storage needs the package google-crc32c; "
+                "pip install google-crc32c",
+            ) from None
+        self._extend = google_crc32c.extend
+        self._value = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take more bytes."""
+        self._value = self._extend(self._value, bytes(data))  # It takes nothing but bytes.
+
+    def hexdigest(self) -> str:
+        """In base64 for all its name: so Google says it."""
+        return base64.b64encode(self._value.to_bytes(4, "big")).decode()
 
 
 def _chunks(path: pathlib.Path, size: int) -> list[_Chunk]:
@@ -72,11 +107,15 @@ def files_below(root: pathlib.Path) -> list[str]:
     )
 
 
+def manifest_text(files: Digests) -> str:
+    """A manifest as it is written."""
+    return json.dumps({"schema": 1, "chunk_bytes": CHUNK_BYTES, "files": files, "own": _own(files)})
+
+
 def write_manifest(path: pathlib.Path, files: Digests) -> None:
     """Write a manifest and see it on the disk."""
-    record = {"schema": 1, "chunk_bytes": CHUNK_BYTES, "files": files, "own": _own(files)}
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(record, file)
+        file.write(manifest_text(files))
         file.flush()
         os.fsync(file.fileno())
 
@@ -88,14 +127,27 @@ def read_manifest(path: pathlib.Path) -> Digests:
       DamagedError: it is not there, or has changed.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise DamagedError(f"{path.name} is missing") from None
+    except OSError as error:
+        raise DamagedError(f"{path.name} cannot be read: {error}") from None
+    return parse_manifest(text, path.name)
+
+
+def parse_manifest(text: bytes, name: str) -> Digests:
+    """The files that a manifest's text lists.
+
+    Raises:
+      DamagedError: it has changed.
+    """
+    try:
+        record = json.loads(text)
         files = record["files"]
         if record["own"] != _own(files) or record["chunk_bytes"] != CHUNK_BYTES:
             raise ValueError("its own checksum differs")
-    except FileNotFoundError:
-        raise DamagedError(f"{path.name} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{path.name} cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{name} cannot be read: {error}") from None
     return files
 
 
@@ -123,7 +175,10 @@ def verify(root: pathlib.Path, files: Digests, part: int = 0, parts: int = 1) ->
             raise DamagedError(f"{name}: {error.strerror}") from None
         if size != wanted["bytes"]:
             raise DamagedError(f"{name} has {size} bytes instead of {wanted['bytes']}")
-        chunks += zip(_chunks(path, size), wanted["xxh3_64"], strict=True)
+        if "crc32c" in wanted:  # Of the whole file, as it was on Google Cloud Storage.
+            chunks.append((_Chunk(path, 0, size, Crc32c), wanted["crc32c"]))
+        else:
+            chunks += zip(_chunks(path, size), wanted["xxh3_64"], strict=True)
     _verify_chunks(root, chunks[part::parts])
 
 

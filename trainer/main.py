@@ -24,11 +24,14 @@ from launch.spec import (
     plain,
     train_spec,
 )
+from trainer import storage
 from trainer.command_line import parse_flags
 from trainer.exit import run_main
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "The run directory, on a file system all processes share.")
+flags.DEFINE_string(
+    "workdir", None, "The run directory, on a file system all processes share, or gs://BUCKET/PATH."
+)
 flags.DEFINE_string("coordinator_address", None, "host:port of process 0, to be told explicitly.")
 flags.DEFINE_integer("num_processes", None, "Processes in the gang; with coordinator_address.")
 flags.DEFINE_integer("process_id", None, "This process, from 0; with coordinator_address.")
@@ -50,7 +53,7 @@ def run(config: Any) -> int:
         logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life at INFO.
     if not FLAGS.workdir:
         raise ConfigError("", "--workdir is missing; give --workdir=DIR")
-    workdir = os.path.abspath(os.path.expanduser(FLAGS.workdir))
+    workdir = storage.run_directory(FLAGS.workdir)
     spec = train_spec(config)
     check_same_run(workdir, config_record(workdir), config)
 
@@ -88,8 +91,7 @@ def run(config: Any) -> int:
 def config_record(workdir: str) -> Any:
     """The config that a run directory was made with; None for a new one."""
     try:
-        with open(os.path.join(workdir, contract.CONFIG_RECORD), encoding="utf-8") as file:
-            return json.load(file)
+        return json.loads(storage.read_text(os.path.join(workdir, contract.CONFIG_RECORD)))
     except FileNotFoundError:
         return None
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 from launch import contract
+from trainer import storage
+from trainer.mirror import CLOSE_SECONDS, CRASH_SECONDS, Mirror
 
 
 class MetricWriter:
@@ -21,12 +23,19 @@ class MetricWriter:
     after `start_step`, left by a run that was killed, are dropped first, as is a half-written one,
     so that each step appears once.
 
+    On Google Cloud Storage both are written into a temporary directory, and uploaded from there
+    every few seconds, when `flush` is called, and at the end.
+
     Args:
-      directory: the run directory; made if missing.
+      directory: the run directory; made if missing. May be on GCS.
       start_step: the step that the run goes on from; 0 for a new one.
     """
 
     def __init__(self, directory: str | os.PathLike[str], start_step: int = 0):
+        self._mirror: Mirror | None = None
+        if storage.is_remote(directory):
+            self._mirror = Mirror(os.fspath(directory), (contract.METRICS_FILE,))
+            directory = self._mirror.local
         self._directory = os.fspath(directory)
         self._start_step = start_step
         os.makedirs(self._directory, exist_ok=True)
@@ -55,18 +64,26 @@ class MetricWriter:
             if value is not None:
                 events.add_scalar(name, float(value), int(step))
 
-    def close(self) -> None:
-        """Write out what TensorBoard's writer holds back, and close both."""
+    def flush(self) -> None:
+        """See that what was written is where it belongs. Any thread."""
+        if self._mirror is not None:
+            self._mirror.flush()
+
+    def close(self, *, crashed: bool = False) -> None:
+        """Write out what is held back, and close both; `crashed`: it must not take long."""
         self._file.close()
         if self._events is not None:
             self._events.close()
             self._events = None
+        if self._mirror is not None:
+            self._mirror.close(CRASH_SECONDS if crashed else CLOSE_SECONDS)
+            self._mirror = None
 
     def __enter__(self) -> MetricWriter:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *error: object) -> None:
+        self.close(crashed=kind is not None)
 
     def _tensorboard(self) -> Any:
         if self._events is None:

@@ -224,7 +224,17 @@ class Output:
         """Show a line that stays."""
         self._printer.say(text)
 
-    def close(self) -> None:
-        """Write out what is buffered."""
+    def flush(self) -> None:
+        """See that the files are where they belong. Any thread."""
+        self._writer.flush()
+
+    def close(self, *, crashed: bool = False) -> None:
+        """Write out what is buffered; `crashed`: quickly."""
         self._printer.finish()
-        self._writer.close()
+        self._writer.close(crashed=crashed)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        self.close(crashed=kind is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -12,7 +13,7 @@ import jax
 from launch import contract
 from launch.spec import TrainSpec
 from launch.topology import peak_flops
-from trainer import distributed
+from trainer import distributed, storage
 from trainer.checkpoint import Checkpointer
 from trainer.data.feed import Feed
 from trainer.distributed import say
@@ -40,7 +41,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     Args:
       spec: resolved for the number of devices.
       task: the model, its loss and its data.
-      workdir: the run directory, on a file system that all processes share.
+      workdir: the run directory, on a file system that all processes share or on GCS.
       config: the resolved config as plain JSON, for the records.
 
     Returns:
@@ -60,15 +61,15 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
         say(text)
 
     # ------------------------------------------------------------------ records
+    # First: where nothing can be written, all processes say so together.
+    saver = Checkpointer(
+        os.path.join(workdir, contract.CHECKPOINTS), spec.checkpoint, config=config
+    )
     if distributed.is_lead():
-        os.makedirs(workdir, exist_ok=True)
         _write_json(workdir, contract.CONFIG_RECORD, {"schema": contract.SCHEMA, **config})
         _write_json(workdir, contract.LEDGER_RECORD, ledger.as_record())
 
     # ------------------------------------------------------------------ restore, or a fresh state
-    saver = Checkpointer(
-        os.path.join(workdir, contract.CHECKPOINTS), spec.checkpoint, config=config
-    )
     step, leaves = restore_or_init(saver, layout, feed)
 
     # ------------------------------------------------------------------ compile
@@ -84,9 +85,11 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
 
     # ------------------------------------------------------------------ loop
     output = Output(workdir, step) if distributed.is_lead() else None
+    # What is logged up to a step must not be lost when that step is resumed from.
+    saver.before_commit = output.flush if output else None
     reporter = make_reporter(spec, task, layout, optimizer, output)
     evaluate = make_evaluate(spec, task, layout)
-    with StopSignal() as stop:
+    with StopSignal() as stop, output or contextlib.nullcontext():
         loop = Loop(
             layout=layout,
             num_steps=spec.num_steps,
@@ -100,8 +103,6 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
             evaluate=evaluate,
         )
         ended = loop.run(leaves, step)
-    if output:
-        output.close()
 
     # ------------------------------------------------------------------ finish
     contract.report_progress(ended.step, "eval")
@@ -156,4 +157,4 @@ def make_reporter(
 
 def _write_json(workdir: str, name: str, record: dict[str, Any]) -> None:
     text = json.dumps(record, indent=2, sort_keys=True)
-    contract.write_atomically(os.path.join(workdir, name), text + "\n")
+    storage.write_text(os.path.join(workdir, name), text + "\n")

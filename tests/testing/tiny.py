@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from launch import contract
 from launch.spec import CheckpointSpec
+from trainer import storage
 from trainer.checkpoint import Checkpointer
 from trainer.data.sources import training_order
 from trainer.task import Task
@@ -130,15 +131,15 @@ def rows_of_step(step: int, batch_size: int = 16, num_rows: int = 100, seed: int
     return [int(data[step * batch_size + i]["row"]) for i in range(batch_size)]
 
 
-def read_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Every leaf of the newest checkpoint by name, whole, on this process."""
+def read_state(workdir: Path | str, step: int) -> dict[str, np.ndarray]:
+    """Every leaf of a run's newest checkpoint by name, whole, on this process."""
     where = SingleDeviceSharding(jax.devices()[0])
-    ledger = json.loads((workdir / contract.LEDGER_RECORD).read_text())
+    ledger = json.loads(storage.read_text(f"{workdir}/{contract.LEDGER_RECORD}"))
     abstract = {
         leaf["name"]: jax.ShapeDtypeStruct(leaf["shape"], _dtype(leaf["dtype"]), sharding=where)
         for leaf in ledger["leaves"]
     }
-    saver = Checkpointer(workdir / contract.CHECKPOINTS, CheckpointSpec(), config={})
+    saver = Checkpointer(f"{workdir}/{contract.CHECKPOINTS}", CheckpointSpec(), config={})
     restored = saver.restore(abstract)
     saver.close()
     assert restored is not None
