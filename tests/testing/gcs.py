@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from http.server import ThreadingHTTPServer
+from urllib.parse import quote
 
 from tests.testing.gcs_http import Handler
 
@@ -263,14 +264,14 @@ class FakeGcs:
             answer["nextPageToken"] = page[-1]
         return answer
 
-    @staticmethod
-    def resource(bucket: str, name: str, stored: Stored) -> dict:
+    def resource(self, bucket: str, name: str, stored: Stored) -> dict:
         """What the API says of an object."""
         return {
             "kind": "storage#object",
             "id": f"{bucket}/{name}/{stored.generation}",
             "name": name,
             "bucket": bucket,
+            "mediaLink": f"{self.url}/download/storage/v1/b/{bucket}/o/{quote(name, safe='')}",
             "generation": str(stored.generation),
             "metageneration": "1",
             "contentType": "application/octet-stream",
