@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from launch import contract, registry
 from launch.backends.slurm import client, jobs
 from launch.backends.tpu import ledger as ledgers
+from launch.backends.tpu.gc import collect
+from launch.backends.tpu.holdings import all_labelled
 from launch.backends.tpu.ledger import Ledger
 
 
@@ -23,10 +26,8 @@ def gc(flags: Mapping[str, str]) -> int:
     """
     dry_run = "dry_run" in flags
     wrong = [_settle_jobs(entry.path) for entry in registry.entries() if entry.is_there]
-    for ledger in _ledgers():
-        from launch.backends.tpu.gc import collect
-
-        wrong.append(collect(ledger, dry_run))
+    labelled = functools.cache(all_labelled)
+    wrong += [collect(ledger, dry_run, labelled) for ledger in _ledgers()]
     if not any(ledger.open for ledger in _ledgers()):
         print("nothing is held")
     return contract.EXIT_FAILED if any(wrong) else contract.EXIT_DONE

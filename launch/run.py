@@ -66,6 +66,7 @@ def run(request: Request, detached: bool = False) -> int:
         from launch.backends.tpu import remote
 
         remote.check(request)
+        request = remote.with_project(request)
         if request.url is not None:
             from launch.backends.tpu import published
 

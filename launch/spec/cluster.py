@@ -141,8 +141,8 @@ class Cluster:
         chips, devices = slice_.chips * self.slices, self.num_devices
         require(
             devices == chips or self.on_cpu,
-            "devices_per_process",
-            self.devices_per_process,
+            "hosts" if chips % self.hosts else "devices_per_process",
+            self.hosts if chips % self.hosts else self.devices_per_process,
             f"hosts * processes_per_host * devices_per_process = {self.hosts} * "
             f"{self.processes_per_host} * {self.devices_per_process} = {devices} must be the "
             f"{chips} chips of {self.slices} × {self.accelerator}; leave these fields out",

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from launch import contract, rundir
 from launch.backends.tpu import commands
 from launch.backends.tpu.gcloud import GcloudError
-from launch.backends.tpu.holdings import Holdings
+from launch.backends.tpu.holdings import Found, Holdings
 from launch.backends.tpu.ledger import Asked, Ledger, forget
 from launch.backends.tpu.nodes import ACTIVE, READY
 from launch.ownership import InUseError, RunDir
 from launch.standing import UNATTENDED, standing
 
 
-def collect(ledger: Ledger, dry_run: bool) -> bool:
+def collect(
+    ledger: Ledger, dry_run: bool, labelled: Callable[[str | None, str], Sequence[Found]]
+) -> bool:
     """Delete what a run has and does not need; whether something is still there that should not.
 
     Args:
       ledger: of the run.
+      labelled: see Holdings; one answer does for many runs.
       dry_run: only say what would be deleted.
     """
     name = f"{ledger.path.name} ({ledger.run_id})"
@@ -33,7 +36,9 @@ def collect(ledger: Ledger, dry_run: bool) -> bool:
         return False
     try:
         ledger.read_again()
-        holdings = Holdings(ledger, lambda text: _say(text.removeprefix("muster: ")))
+        holdings = Holdings(
+            ledger, lambda text: _say(text.removeprefix("muster: ")), labelled=labelled
+        )
         unwanted = _unwanted(ledger, holdings, name)
         if dry_run:
             for one in unwanted:

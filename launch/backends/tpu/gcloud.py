@@ -11,6 +11,7 @@ from typing import Any
 
 from launch import command
 from launch.spec import ConfigError
+from launch.spec.tpu import TpuSpec
 
 # Nobody is there to be asked, and what is printed is for a program.
 ALWAYS = ("--quiet", "--format=json")
@@ -204,6 +205,25 @@ def run(
         return json.loads(done.out) if done.out.strip() else {}
     except ValueError:
         raise GcloudError("gcloud", f"no JSON: {done.out[:200]!r}") from None
+
+
+def project_of(spec: TpuSpec) -> str:
+    """The project in which a run's machines are: what gcloud is set to may change meanwhile.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if spec.project is not None:
+        return spec.project
+    try:
+        settings = run(["gcloud", "config", "list", *ALWAYS])
+    except GcloudError as error:
+        raise ConfigError("", f"gcloud does not tell its settings: {error}") from None
+    project = (settings.get("core") or {}).get("project")
+    if not project:
+        rule = "is not said, and gcloud has none; set it, or: gcloud config set project PROJECT"
+        raise ConfigError("cluster.tpu.project", rule, None)
+    return str(project)
 
 
 def check_installed() -> None:

@@ -14,7 +14,7 @@ from launch.backends.tpu import commands, gcloud
 from launch.backends.tpu.commands import NODE, QUEUED
 from launch.backends.tpu.gcloud import MISSING, GcloudError
 from launch.backends.tpu.ledger import Asked, Ledger
-from launch.backends.tpu.nodes import DEAD, GONE, list_nodes, list_queued, look_at
+from launch.backends.tpu.nodes import DEAD, GONE, Node, Queued, list_nodes, list_queued, look_at
 from launch.contract import utc
 from launch.spec import Cluster
 
@@ -31,6 +31,20 @@ def labels(cluster: Cluster, run_id: str) -> dict[str, str]:
     return {**cluster.tpu.labels, **ours}
 
 
+Found = tuple[str, Node | Queued]  # What kind of thing it is, and the thing.
+
+
+def all_labelled(project: str | None, zone: str) -> list[Found]:
+    """Everything in a zone that carries the label of a run; queued resources first.
+
+    Raises:
+      GcloudError: no answer, or no leave.
+    """
+    found: list[Found] = [(QUEUED, one) for one in list_queued(project, zone).values()]
+    found += [(NODE, one) for one in list_nodes(project, zone).values()]
+    return [(kind, one) for kind, one in found if commands.RUN_LABEL in one.labels]
+
+
 class Holdings:
     """Everything that carries a run's name in Google Cloud.
 
@@ -42,6 +56,7 @@ class Holdings:
         ledger: Ledger,
         say: Callable[[str], None],
         pause: Callable[[float], None] = time.sleep,
+        labelled: Callable[[str | None, str], Sequence[Found]] | None = None,
     ):
         """Takes what is on record.
 
@@ -49,10 +64,12 @@ class Holdings:
           ledger: of the run.
           say: tells the user a line.
           pause: waits so many seconds.
+          labelled: what there is in a project and zone with the label of any run.
         """
         self._ledger = ledger
         self._say = say
         self._pause = pause
+        self._labelled = labelled or all_labelled
         self._unheard = ""  # What was said of an API that gives no answer.
 
     def reconcile(self) -> None:
@@ -83,10 +100,8 @@ class Holdings:
         run = self._ledger.run_id.lower()
         known = {one.name for one in self._ledger.open}
         known |= {name for one in self._ledger.open for name in one.nodes}
-        queued = self._ask(lambda: list_queued(project, zone)).values()
-        nodes = self._ask(lambda: list_nodes(project, zone)).values()
         strays = []
-        for kind, one in [*((QUEUED, one) for one in queued), *((NODE, one) for one in nodes)]:
+        for kind, one in self._ask(functools.partial(self._labelled, project, zone)):
             # A node goes with the queued resource that has made it.
             if one.labels.get(commands.RUN_LABEL) != run or {one.name, one.maker} & known:
                 continue
@@ -115,12 +130,19 @@ class Holdings:
         argv = commands.delete(asked.project, asked.kind, asked.zone, asked.name)
         limit = time.monotonic() + _PATIENCE_SECONDS
         refusals = 0
+        told: set[str] = set()
+
+        def say(text: str) -> None:
+            if text not in told:
+                told.add(text)
+                self._say(text)
+
         while refusals < _DELETE_TRIES and time.monotonic() < limit:
             try:
                 gcloud.run(argv, timeout_seconds=gcloud.LONG_SECONDS)
             except GcloudError as error:
                 if error.kind != MISSING:
-                    self._say(f"muster: {asked.name} is not deleted yet: {error.said}")
+                    say(f"muster: {asked.name} is not deleted yet: {error.said}")
                 refusals += error.kind != gcloud.UNAVAILABLE
             try:
                 if look_at(asked).state == GONE:
@@ -128,7 +150,7 @@ class Holdings:
                     asked.ended_at = utc(time.time())
                     return True
             except GcloudError as error:
-                self._say(f"muster: whether {asked.name} is deleted is not known: {error.said}")
+                say(f"muster: whether {asked.name} is deleted is not known: {error.said}")
             time.sleep(min(30.0, 2.0**refusals / 2))
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import tempfile
 from pathlib import Path
@@ -113,6 +114,17 @@ def rendered(
     gang = GangSpec(run_id, 0, coordinator, hosts, storage, spec.max_lifetime_seconds, files, (),
                     "DIGEST")  # fmt: skip
     return plans.render(cluster, program, gang)
+
+
+def with_project(request: Request) -> Request:
+    """With the project named, in which everything will be.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    cluster = request.cluster
+    tpu = dataclasses.replace(cluster.tpu, project=gcloud.project_of(cluster.tpu))
+    return dataclasses.replace(request, cluster=dataclasses.replace(cluster, tpu=tpu))
 
 
 def check(request: Request) -> None:
