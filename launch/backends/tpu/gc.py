@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from launch import contract, rundir
-from launch.backends.tpu import commands
+from launch.backends.tpu import commands, published
 from launch.backends.tpu.gcloud import GcloudError
 from launch.backends.tpu.holdings import Found, Holdings
 from launch.backends.tpu.ledger import Asked, Ledger, forget
@@ -30,6 +30,16 @@ def collect(
     if not ledger.path.exists() and ledger.host != os.uname().nodename:
         _say(f"{name}: its directory {ledger.path} is on host {ledger.host}: ask there")
         return bool(ledger.open)
+    if ledger.url is not None:
+        try:
+            published.fetch(ledger.url)
+        except GcloudError as error:
+            _say(f"{name}: {ledger.url} cannot be looked at: {error}")
+            return True
+        owner = published.elsewhere(ledger.path)
+        if owner is not None:
+            _say(f"{name}: runs on host {owner['host']}: left to its controller there")
+            return False
     held = _take(ledger)
     if isinstance(held, InUseError):
         _say(f"{name}: runs; {_named(ledger.open)}: left to its controller")

@@ -83,6 +83,7 @@ class Ledger:
       path: the run directory.
       run_id: the run's.
       host: from where it was written last.
+      url: the run directory as it was given, if it is on gs://.
       kept: what is there stays after the run's end, by the user's wish.
       created_at: when the machines that there are now were first asked for.
       asked: the newest last.
@@ -100,6 +101,7 @@ class Ledger:
         self._lock = threading.Lock()  # Nodes are created side by side.
         self.run_id = run_id
         self.host = os.uname().nodename
+        self.url: str | None = None
         self.kept = False
         self.created_at = ""
         self.asked: list[Asked] = []
@@ -117,7 +119,7 @@ class Ledger:
 
     def _take(self, record: dict[str, Any]) -> None:
         self.kept = bool(record.get("kept"))
-        self.host = str(record["host"])
+        self.host, self.url = str(record["host"]), record.get("url")
         self.created_at = record["created_at"]
         names = {field.name for field in dataclasses.fields(Asked)}
         for one in record["machines"]:
@@ -154,6 +156,7 @@ class Ledger:
             "run": self.run_id,
             "path": str(self.path),
             "host": self.host,
+            "url": self.url,
             "created_at": self.created_at,
             "kept": self.kept,
             "machines": [dataclasses.asdict(one) for one in self.asked],

@@ -82,6 +82,7 @@ class _Run:
         self._on_started = on_started
         self._end = end
         self._ledger = Ledger(run_dir.path, run_dir.run_id)
+        self._ledger.url = request.url
         self._signals = Signals()
         self._requests = stop.StopRequests(run_dir.path)
         if not self._ledger.open:
