@@ -78,9 +78,7 @@ class Checkpointer:
         self._newest: int | None = None  # the newest step saved, restored or on its way
         self._good: int | None = None  # the newest step known to be committed
         self._saving: int | None = None
-        self._watch: SaveWatch | None = (
-            None  # of the save on its way, where storage is asked dearly
-        )
+        self._watch: SaveWatch | None = None  # of the save on its way, on GCS
         self._deletion: threading.Thread | None = None
         # Called on the lead just before each commit, on a thread of Orbax's.
         self.before_commit: Callable[[], None] | None = None

@@ -194,6 +194,8 @@ def test_no_usable_step_is_an_error_and_stays_one(two_steps):
             restore()
 
 
+# Orbax closes an event loop over a write that has failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_asking_after_a_save_costs_no_request_and_raises_what_went_wrong(gcs):
     saver = checkpointer()
     with gcs.hold(f"POST .*name={BELOW}1/commit_success"):
@@ -265,6 +267,29 @@ def test_a_bucket_that_cannot_be_written_is_one_clear_line(gcs, workdir, words):
     assert text.startswith(f"--workdir='{workdir}': {words}"), text
     assert "choose another --workdir" in text
     assert "\n" not in text
+
+
+def test_missing_credentials_are_told_with_what_gives_some(gcs):
+    gcs.fail(401, 1, "upload")
+    with pytest.raises(ConfigError, match=r"no valid credentials \(injected.*gcloud auth app"):
+        checkpointer()
+
+
+def test_an_outage_at_the_start_is_no_mistake_of_the_users(gcs):
+    gcs.fail(418, 1, "upload")
+    with pytest.raises(Exception, match="injected") as caught:
+        checkpointer()
+    assert not isinstance(caught.value, ConfigError), "it must be tried again"
+
+
+def test_a_process_that_sees_another_bucket_says_so(gcs):
+    directory = storage.path(CHECKPOINTS)
+    checkpoint_gcs.write_probe(directory, "here")
+    assert checkpoint_gcs.read_probe(directory, "here", 1) is None
+    assert "not the same on the lead" in (checkpoint_gcs.read_probe(directory, "there", 1) or "")
+    checkpoint_gcs.remove_probe(directory)
+    assert "not the same on the lead" in (checkpoint_gcs.read_probe(directory, "here", 1) or "")
+    assert not gcs.names(BUCKET)
 
 
 @pytest.mark.parametrize(
