@@ -23,10 +23,10 @@ class Owner:
 
     def hear(self, readable, writable):
         """The messages that have come; `gone` is set at the end of input."""
-        messages = []
+        messages = self.take(b"")  # What came right behind the plan.
         if 0 in readable:
             data = os.read(0, 65536)
-            messages = self.take(data)
+            messages += self.take(data)
             self.gone = not data
         if 1 in writable:
             self.flush()

@@ -93,6 +93,7 @@ class Served:
         self._listener.listen(8)
         # Whoever finds it may connect at once: it must not be found before it listens.
         os.rename(path + ".new", path)
+        self._pending = []  # Commands that nobody has carried out yet.
         self._visitors = []  # Have not said yet who they are.
         self._line = None  # To the owner.
         self._owner = {}
@@ -110,7 +111,7 @@ class Served:
 
     def hear(self, readable, writable):
         """See Owner."""
-        commands = []
+        commands, self._pending = self._pending, []
         if self._line and self._line in readable:
             messages = self._line.read()
             if messages is None:
@@ -164,13 +165,15 @@ class Served:
     # ------------------------------------------------------------------ who owns it
 
     def wait(self, seconds):
-        """Hear whoever says something within a time."""
+        """Hear whoever says something within a time; commands but leases are kept for later."""
         readable, writable = self.descriptors()
         ready = select.select(readable, writable, [], seconds)
         for message in self.hear(ready[0], ready[1]):
             if message["command"] == "lease":
                 echo = message["echo"]
                 self.tell(event="pulse", echo=echo, progress=[])
+            else:
+                self._pending.append(message)
 
     def _show_the_rest(self, line: _Line) -> None:
         new = self._mirror.new(whole=True)

@@ -29,8 +29,9 @@ class Owner:
       folder: the attempt's directory.
     """
 
-    def __init__(self, folder: Path, programs: list[Any], **plan: Any):
-        """Takes for each process its argv, or a Python program; other arguments are the plan's."""
+    def __init__(self, folder: Path, programs: list[Any], behind: Any = None, **plan: Any):
+        """Takes for each process its argv, or a Python program; `behind` goes together with the
+        plan; other arguments are the plan's."""
         self.folder = folder
         self.events: list[dict[str, Any]] = []
         self._unread = b""
@@ -53,7 +54,7 @@ class Owner:
             start_new_session=True,
             bufsize=0,
         )
-        self.send(self._plan)
+        self.send(self._plan, *([] if behind is None else [behind]))
 
     def _process(self, process_id: int, program: Any) -> dict[str, Any]:
         if isinstance(program, str):
@@ -69,10 +70,10 @@ class Owner:
         env |= {"PYTHONPATH": root, "PYTHONUNBUFFERED": "1"}
         return {"process_id": process_id, "argv": program, "env": env, **files}
 
-    def send(self, message: Any) -> None:
-        """Say a line."""
+    def send(self, *messages: Any) -> None:
+        """Say lines, all at once."""
         assert self.popen.stdin is not None
-        self.popen.stdin.write(json.dumps(message).encode() + b"\n")
+        self.popen.stdin.write(b"".join(json.dumps(one).encode() + b"\n" for one in messages))
 
     def tell(self, command: str, **more: Any) -> None:
         """Give a command."""

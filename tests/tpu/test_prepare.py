@@ -80,6 +80,9 @@ def test_what_a_host_has_already_is_not_brought_again_and_a_node_of_the_users_st
     assert again.stdout.count("helper second") == 4
     assert again.stdout.count("set up ['once']") == 4
     assert "set-up run on 0" in again.stderr
+    sent = [int(run.stderr.partition("ready: ")[2].split()[0]) for run in (done, again)]
+    assert sent[0] > 500, "Muster itself goes along"
+    assert sent[1] < 50, "and is there the second time"
     after = cloud.api.nodes[ZONE, "mine"]
     changed = {name for name in after if after[name] != before.get(name)}
     assert changed <= {"metadata", "updateTime"}, "gcloud brings the user's key, and that is all"

@@ -126,6 +126,13 @@ def test_what_ignores_sigterm_is_gone_with_its_children_when_the_lease_is_over(t
         assert not alive(child)
 
 
+def test_a_lease_that_comes_together_with_the_plan_is_answered(tmp_path):
+    with owner(tmp_path, SLEEP, behind={"command": "lease", "echo": 5}) as agent:
+        assert agent.wait_for("pulse", echo=5)
+        agent.tell("kill")
+        agent.end()
+
+
 def test_an_agent_that_loses_its_owner_stops_everything_at_once(tmp_path):
     with owner(tmp_path, STUBBORN) as agent:
         agent.wait_for_log("ready")

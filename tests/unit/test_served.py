@@ -43,7 +43,11 @@ class Visitor:
         self.say(command="attach", owner=owner, heard=heard, logs=logs, echo=1.5)
 
     def say(self, **message: Any) -> None:
-        self._socket.sendall(json.dumps(message).encode() + b"\n")
+        self.say_all(message)
+
+    def say_all(self, *messages: dict[str, Any]) -> None:
+        """Say several things at once."""
+        self._socket.sendall(b"".join(json.dumps(one).encode() + b"\n" for one in messages))
 
     def wait_for(self, event: str, **fields: Any) -> dict[str, Any]:
         """An event of a kind with these fields, waited for."""
@@ -183,6 +187,14 @@ def test_a_command_is_carried_out_once(agent):
     assert again.log() == b"told 2\n"
     again.say(command="kill", n=4)
     assert again.wait_for("exited")["record"]["signal"] == 9
+
+
+def test_what_comes_together_with_the_plan_is_carried_out(agent):
+    first = Visitor(agent.path, "mine")
+    plan = {"command": "plan", "plan": agent.plan([COUNTS, "100000"]), "n": 1}
+    first.say_all(plan, {"command": "lease", "echo": 3}, {"command": "kill", "n": 2})
+    assert first.wait_for("pulse", echo=3)
+    assert first.wait_for("exited")["record"]["signal"] == 9
 
 
 def test_without_an_owner_it_goes_on_until_the_deadline_and_not_longer(agent):

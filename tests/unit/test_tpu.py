@@ -3,6 +3,7 @@
 Record the golden files anew with `python -m tests.unit.test_tpu`.
 """
 
+import base64
 import contextlib
 import difflib
 import io
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import contract, registry
-from launch.backends.tpu import code, commands, gcloud, ledger, remote, ssh, states
+from launch import contract, registry, rundir
+from launch.backends.tpu import code, commands, gcloud, ledger, link, remote, ssh, states
 from launch.backends.tpu.nodes import Node, node_of, queued_of
+from launch.logfile import LogReader
 from launch.program import Program
 from launch.request import Request
 from launch.spec import ConfigError, cluster_spec, load_config
@@ -295,6 +297,35 @@ def test_what_a_bare_host_gets_runs_there(tmp_path):
     program += "import launch.agent.served, launch.agent.host, launch.agent.release"
     argv = [sys.executable, "-I", "-S", "-c", program, str(tmp_path)]
     subprocess.run(argv, check=True)
+
+
+def test_copies_of_logs_are_whole_whatever_comes_twice_and_say_what_is_missing(tmp_path):
+    def says(offset, data):
+        text = base64.b64encode(data).decode()
+        copies.take({"event": "log", "process_id": 0, "offset": offset, "data": text})
+
+    copies = link.Copies(tmp_path, [0], 1 << 20)
+    says(0, b"first\n")
+    says(3, b"st\nsecond\n")
+    assert copies.positions() == {"0": 13}
+    copies.close()
+    copies = link.Copies(tmp_path, [0], 1 << 20)
+    assert copies.positions() == {"0": 13}
+    says(20, b"third\n")
+    assert copies.positions() == {"0": 26}
+    copies.close()
+    reader = LogReader(rundir.log_path(tmp_path, 0))
+    assert reader.look() == 26
+    assert reader.read(100) == b"first\nsecond\n"
+    assert (reader.read(100), reader.left_out) == (b"third\n", 7)
+    reader.close()
+    copies = link.Copies(tmp_path, [0], 1 << 20)
+    copies.take({"event": "file", "name": "../../evil", "text": "x"})
+    copies.take({"event": "file", "name": "process-00000.exit.json", "text": "{}"})
+    assert copies.positions() == {"0": 26}
+    copies.close()
+    assert not (tmp_path.parent.parent / "evil").exists()
+    assert (tmp_path / "process-00000.exit.json").read_text() == "{}"
 
 
 # ---------------------------------------------------------------------------- the ledger
