@@ -147,6 +147,9 @@ class Cluster:
             f"{self.processes_per_host} * {self.devices_per_process} = {devices} must be the "
             f"{chips} chips of {self.slices} × {self.accelerator}; leave these fields out",
         )
+        rule = "must be 1: a process of JAX's has all chips of its TPU VM"
+        one = self.processes_per_host == 1 or self.on_cpu
+        require(one, "processes_per_host", self.processes_per_host, rule)
         rule = f"must be as many on each of slices={self.slices}"
         require(self.hosts % self.slices == 0, "hosts", self.hosts, rule)
         rule = "must be None: a TPU slice cannot do without some of its hosts"
