@@ -4,6 +4,8 @@ import os
 import signal
 import tempfile
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # Tests compile much and compute little: without LLVM's optimizations they take a fifth of the time.
@@ -17,3 +19,17 @@ for _number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(
             _number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL
         )
+
+
+# What takes longest goes first, so that no worker is left with it when the others are done.
+_LONG = ("tests/tpu/test_killed", "tests/tpu/", "tests/slurm/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long tests first; among them, and the rest, the order stays."""
+
+    def place(item: pytest.Item) -> int:
+        starts = [i for i, start in enumerate(_LONG) if item.nodeid.startswith(start)]
+        return min(starts, default=len(_LONG))
+
+    items.sort(key=place)

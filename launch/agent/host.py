@@ -7,7 +7,6 @@ leads to an agent (see `served`).
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -17,12 +16,11 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import time
-from typing import Any
 
-from launch.agent import chips, cloud, processes
+from launch.agent import chips, processes
 from launch.agent.process import read
+from launch.agent.provision import HostError, Provision, answer, write_all
 
 _PORTS = range(20000, 30000)  # Below those that the kernel gives to whoever asks for any.
 _COME_SECONDS = 20.0  # How long an agent may take to be there.
@@ -30,15 +28,11 @@ _END_SECONDS = 10.0  # How long one may take to be gone.
 _COPY_BYTES = 1 << 16
 
 
-class HostError(Exception):
-    """Something on this host is not as it must be; its text is for the user."""
-
-
-class Host:
+class Host(Provision):
     """This machine, and what Muster has on it: below `~/.muster`."""
 
     def __init__(self, home, root):
-        self._home = home
+        super().__init__(home)
         self._root = root  # Of Muster's own packages.
 
     # ------------------------------------------------------------------ commands
@@ -52,93 +46,6 @@ class Host:
             "free_bytes": shutil.disk_usage(self._home).free,
             "agents": [found["attempt"] for found in self._agents(run) if _alive(found)],
         }
-
-    def code(self, digest, size):
-        """Keep an archive of code, whose bytes follow if it is not there; its folder."""
-        folder = os.path.join(self._home, "code", digest)
-        there = os.path.isdir(folder)
-        _answer(event="output", there=there)
-        if there:
-            return {"folder": folder, "sent": 0}
-        os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
-        beside = "%s.%d" % (folder, os.getpid())
-        # As it comes: an archive need not fit into memory.
-        part: Any = _Part(sys.stdin, size)
-        with tarfile.open(fileobj=part, mode="r|gz") as tar:
-            tar.extractall(beside)
-        while part.read(_COPY_BYTES):  # What pads it.
-            pass
-        try:
-            os.rename(beside, folder)
-        except OSError:
-            shutil.rmtree(beside, ignore_errors=True)
-        return {"folder": folder, "sent": size}
-
-    def set_up(self, key, commands, cwd, env):
-        """Run shell commands, once for the same key; what they print is kept, and passed on."""
-        folder = os.path.join(self._home, "setup", key)
-        with self._once(folder) as done:
-            for command in () if done else commands:
-                log = os.path.join(folder, "output.log")
-                code = _run(command, cwd, dict(os.environ, **env), log)
-                if code:
-                    raise HostError("setup command %r ended with exit code %d" % (command, code))
-        return {"ran": not done, "folder": folder}
-
-    def environment(self, key, python, arguments, cwd):
-        """Make a virtual environment, once for the same key; the folder of its programs.
-
-        Args:
-          key: what its content depends on.
-          python: the interpreter that it is made from.
-          arguments: of `pip install`; with none, there is no environment but the interpreter's own.
-          cwd: where these are to be understood.
-        """
-        folder = os.path.join(self._home, "env", key)
-        venv = os.path.join(folder, "venv")
-        pip = [os.path.join(venv, "bin", "python"), "-m", "pip", "--disable-pip-version-check"]
-        with self._once(folder) as done:
-            # `--clear`: what another one left half made.
-            commands = ([python, "-m", "venv", "--clear", venv], [*pip, "install", *arguments])
-            for argv in () if done else commands:
-                code = _run(argv, cwd, dict(os.environ), os.path.join(folder, "output.log"))
-                if code:
-                    raise HostError("%r ended with exit code %d" % (" ".join(argv), code))
-        return {"ran": not done, "bin": os.path.join(venv, "bin")}
-
-    @contextlib.contextmanager
-    def _once(self, folder):
-        """Whether something has been done that is done only once; if it goes well, it has been.
-        A connection that broke may have left somebody doing it: waits for that."""
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        done = os.path.join(folder, "done")
-        with open(os.path.join(folder, "lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield os.path.exists(done)
-            with open(done, "w"):
-                pass
-
-    def storage(self, place, metadata, api):
-        """Try whether a place can be written from this machine.
-
-        Args:
-          place: a directory, or `gs://BUCKET/PATH`.
-          metadata: the metadata server.
-          api: the root of Cloud Storage's JSON API.
-        """
-        name = ".muster-tries-%s-%d" % (os.uname().nodename, os.getpid())
-        try:
-            if place.startswith("gs://"):
-                cloud.try_bucket(metadata, api, place, name)
-            else:
-                os.makedirs(place, exist_ok=True)
-                path = os.path.join(place, name)
-                with open(path, "w"):
-                    pass
-                os.unlink(path)
-        except (OSError, ValueError, KeyError) as error:
-            raise HostError("%s cannot be written: %s" % (place, error)) from error
-        return {}
 
     def clear(self, run, keep):
         """End what earlier attempts of a run have left, and make sure that the chips are free.
@@ -232,7 +139,7 @@ class Host:
         """Lead this connection to the agent of an attempt; does not come back."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.connect(self._socket(run, attempt))
-        _answer(event="relayed")
+        answer(event="relayed")
         _copy_both_ways(connection)
         os._exit(0)
 
@@ -251,21 +158,6 @@ class Host:
         names = sorted(os.listdir(attempts)) if os.path.isdir(attempts) else ()
         files = [read(os.path.join(attempts, name, "agent.json")) for name in names]
         return [json.loads(data) for data in files if data]
-
-
-class _Part:
-    """The next bytes of a stream, as a stream of their own."""
-
-    def __init__(self, stream, size):
-        self._stream = stream
-        self._left = size
-
-    def read(self, size=-1):
-        """See io.BufferedReader."""
-        size = self._left if size < 0 else min(size, self._left)
-        data = self._stream.read(size)
-        self._left -= len(data)
-        return data
 
 
 def _ticks(pid):
@@ -297,27 +189,6 @@ def _end(agent):
                     % (agent["pid"], agent["attempt"]))  # fmt: skip
 
 
-def _run(command, cwd, env, log):
-    """Run a command to its end, passing on what it prints; its exit code."""
-    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
-        popen = subprocess.Popen(
-            command if isinstance(command, list) else ["bash", "-c", command],
-            cwd=cwd,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=processes.die_with_parent(os.getpid()),  # noqa: PLW1509 (no threads here)
-        )
-        output: Any = popen.stdout
-        for line in output:
-            file.write(line)
-            file.flush()
-            _answer(event="output", line=line.decode("utf-8", "replace").rstrip("\n"))
-    return popen.wait()
-
-
 def _copy_both_ways(connection):
     """Until one side ends."""
     connection.setblocking(True)
@@ -327,21 +198,12 @@ def _copy_both_ways(connection):
             data = connection.recv(_COPY_BYTES)
             if not data:
                 return
-            _write_all(data)
+            write_all(data)
         if 0 in readable:
             data = os.read(0, _COPY_BYTES)
             if not data:
                 return
             connection.sendall(data)
-
-
-def _write_all(data):
-    while data:
-        data = data[os.write(1, data) :]
-
-
-def _answer(**message):
-    _write_all(json.dumps(message).encode() + b"\n")
 
 
 def main(home, root):
@@ -358,4 +220,4 @@ def main(home, root):
             result = dict(getattr(host, name)(**message), ok=True)
         except (HostError, chips.HeldError, OSError, subprocess.SubprocessError) as error:
             result = {"ok": False, "error": str(error)}
-        _answer(event="result", id=number, **result)
+        answer(event="result", id=number, **result)

@@ -9,8 +9,8 @@ import pytest
 from launch.backends.tpu import ledger
 from tests.testing.tpu_muster import TpuMuster
 
-WORKERS = 3  # The requests are shared out among so many tests, which run side by side.
-QUICK = "import time; time.sleep(5); print('hello')"
+WORKERS = 6  # The requests are shared out among so many tests, which run side by side.
+QUICK = "import time; time.sleep(3); print('hello')"
 
 
 def kill_after(muster: TpuMuster, index: int) -> bool:
@@ -46,13 +46,13 @@ def test_after_every_request_gc_or_another_run_leaves_nothing(cloud, tmp_path, s
         folder = tmp_path / f"after-{index}"
         folder.mkdir()
         muster = TpuMuster(
-            folder / "code", cloud, storage, accelerator="v5litepod-4", tpu={"poll_seconds": 4.0}
+            folder / "code", cloud, storage, accelerator="v5litepod-4", tpu={"poll_seconds": 2.0}
         )
         if not kill_after(muster, index):
             assert index > 15, "a whole run makes more requests"
             break
         check_all_is_on_record(muster)
-        if index % 5 == first:  # It takes longer, and ends the same way.
+        if index % 4 == 1:  # It takes longer, and ends the same way.
             done = muster.run(program=QUICK)
             assert done.returncode == 0, (index, done.stderr)
             assert "hello" in done.stdout

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from launch import contract, registry, rundir
-from launch.backends.tpu import code, commands, gcloud, ledger, link, remote, ssh, states
+from launch.backends.tpu import code, commands, gcloud, ledger, link, reach, remote, states
 from launch.backends.tpu.nodes import Node, node_of, queued_of
 from launch.logfile import LogReader
 from launch.program import Program
@@ -196,7 +196,7 @@ def test_an_ssh_line_of_gclouds_becomes_one_that_a_program_can_use():
         "/usr/bin/ssh -t -i /home/u/.ssh/google_compute_engine -o CheckHostIP=no "
         "-o HostKeyAlias=tpu.1-0-abc -o StrictHostKeyChecking=yes u@10.0.0.1 -- :"
     )
-    argv = ssh.ssh_argv(line)
+    argv = reach.ssh_argv(line)
     assert argv[0] == "/usr/bin/ssh"
     assert argv[-1] == "u@10.0.0.1"
     assert "-t" not in argv

@@ -13,6 +13,8 @@ class JobWatch:
     """Asks SLURM for a job again and again, in a thread of its own: an answer may take long.
 
     Attributes:
+      limit_at: the end of the time limit, while the job ran; of one that was cancelled, SLURM says
+        in its place when that was.
       job: the newest answer; None before the first, or when SLURM knows the job no more.
       gone: SLURM knows it no more.
       silent_since: since when (monotonic) there was no answer; None while there are.
@@ -28,6 +30,7 @@ class JobWatch:
         self._wake = threading.Event()
         self._end = False
         self.job: Job | None = None
+        self.limit_at: float | None = None
         self.gone = False
         self.silent_since: float | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -60,6 +63,8 @@ class JobWatch:
                 if found is None:
                     self.gone = True
                     return
+                if found.state == "RUNNING":
+                    self.limit_at = found.end_at
                 self.job = found
             self._wake.wait(wait)
             self._wake.clear()

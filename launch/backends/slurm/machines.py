@@ -252,7 +252,7 @@ class SlurmMachines:
             return self._preempted(seconds - _MARGIN_SECONDS if running else left)
         batch = batch or job is None or job.state != "RUNNING"
         if batch and job is not None and job.end_at is not None:
-            limit = self._watch.job.end_at if self._watch.job else None
+            limit = self._watch.limit_at
             if limit is not None and time.time() >= limit - _MARGIN_SECONDS:
                 message = f"the time limit of job {self._job_id} is over"
                 return self._interrupt("time_limit", message, left)

@@ -18,7 +18,7 @@ from launch.backends.tpu.ledger import Ledger
 from launch.backends.tpu.machines import Lease
 from launch.backends.tpu.nodes import Node, list_nodes
 from launch.backends.tpu.prepare import Hosts, LostError, UnreachedError, alive_attempts
-from launch.backends.tpu.ssh import Host, hosts_of, summary
+from launch.backends.tpu.reach import Host, hosts_of, summary
 from launch.backends.tpu.states import is_lost, trouble
 from launch.ownership import RunDir
 from launch.spec import Cluster, ConfigError

@@ -12,7 +12,8 @@ from launch.backends.tpu import gcloud
 from launch.backends.tpu.gcloud import GcloudError
 from launch.backends.tpu.nodes import DEAD, list_nodes, list_queued
 from launch.backends.tpu.prepare import HOST_PYTHON, try_storage
-from launch.backends.tpu.ssh import HostFailedError, Session, SshError, hosts_of
+from launch.backends.tpu.reach import SshError, hosts_of
+from launch.backends.tpu.ssh import HostFailedError, Session
 from launch.doctor import Finding, writable
 from launch.spec import Cluster, ConfigError, closest
 

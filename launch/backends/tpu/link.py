@@ -19,7 +19,8 @@ from typing import Any
 from launch import contract, rundir
 from launch.agent.log import Log
 from launch.backends.tpu.prepare import HOST_PYTHON
-from launch.backends.tpu.ssh import Host, HostFailedError, Session, SshError
+from launch.backends.tpu.reach import Host, SshError
+from launch.backends.tpu.ssh import HostFailedError, Session
 from launch.channel import RemoteChannel
 
 _READ_BYTES = 1 << 18

@@ -16,7 +16,8 @@ from launch.backends.tpu.code import bundle
 from launch.backends.tpu.link import Copies, HostLink, Start
 from launch.backends.tpu.plans import GangSpec, Prepared
 from launch.backends.tpu.prepare import Hosts
-from launch.backends.tpu.ssh import HostFailedError, SshError
+from launch.backends.tpu.reach import SshError
+from launch.backends.tpu.ssh import HostFailedError
 from launch.backends.tpu.states import NodeWatch, is_lost, trouble
 from launch.channel import Channel
 from launch.events import Event, Interrupted, StopRequested

@@ -14,7 +14,7 @@ from launch.backends import host_plan
 from launch.backends.host_plan import AttemptSpec
 from launch.backends.tpu.commands import QUEUED
 from launch.backends.tpu.ledger import Asked
-from launch.backends.tpu.ssh import Host
+from launch.backends.tpu.reach import Host
 from launch.program import Program
 from launch.spec import Cluster
 

@@ -17,7 +17,8 @@ from launch.agent.cloud import METADATA_HOST
 from launch.backends.tpu import plans
 from launch.backends.tpu.code import Code
 from launch.backends.tpu.plans import Prepared
-from launch.backends.tpu.ssh import Host, HostFailedError, Session, SshError, summary, tried
+from launch.backends.tpu.reach import Host, SshError, summary, tried
+from launch.backends.tpu.ssh import HostFailedError, Session
 from launch.spec import Cluster, ConfigError
 
 HOST_PYTHON = "python3"  # Is on every TPU VM's image; runs agents, and sets up what the rest needs.

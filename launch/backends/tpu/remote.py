@@ -13,7 +13,7 @@ from launch.backends.tpu import commands, gcloud, plans
 from launch.backends.tpu.code import pack
 from launch.backends.tpu.holdings import labels
 from launch.backends.tpu.plans import CONFIG_PLACE, GangSpec, Prepared
-from launch.backends.tpu.ssh import Host
+from launch.backends.tpu.reach import Host
 from launch.program import Program, without_secrets
 from launch.request import Request
 from launch.spec import Cluster, ConfigError, plain
