@@ -108,15 +108,10 @@ def standing(run: Path, now: float | None = None) -> Standing:
     elsewhere = published.elsewhere(run)
     if elsewhere is not None and not _is_final(last):
         return Standing(RUNNING, elsewhere, False, None, heard_at, last)
-    if cause is None and _has_machines(run):
-        cause = UNATTENDED
+    machines = ledger.read(run) if cause is None else None
+    if machines is not None:
+        cause = UNATTENDED if machines.open else machines.cause
     return Standing(cause or KILLED, None, False, None, heard_at, last)
-
-
-def _has_machines(run: Path) -> bool:
-    """Whether a run has asked for machines of a cloud that may still be there."""
-    found = ledger.read(run)
-    return found is not None and bool(found.open)
 
 
 def _is_final(attempt: Mapping[str, Any] | None) -> bool:

@@ -33,6 +33,13 @@ def test_a_run_in_the_background_shows_its_queue_and_its_lines_as_they_come(gang
     assert "getting machines" in said
     assert f"queued resource {name} in us-west4-a: WAITING_FOR_RESOURCES for" in said
     assert "getting machines" in muster.other("list").stdout
+    stopped = muster.other("stop", str(muster.workdir))
+    assert (stopped.returncode, muster.there()) == (0, [])
+    assert "run has ended with cause stopped" in stopped.stderr
+    assert "stopped" in muster.other("list").stdout
+    assert muster.run("--detach", program=COUNTS).returncode == 0
+    wait_until(lambda: "WAITING_FOR_RESOURCES" in state(), "the queue's state")
+    name = f"muster-{muster.run_id}-1"
     command = [sys.executable, "-m", "launch", "logs", str(muster.workdir), "--follow"]
     logs = subprocess.Popen(
         command, cwd=muster.folder, env=muster.env, text=True, stdout=subprocess.PIPE

@@ -85,6 +85,7 @@ class Ledger:
       host: from where it was written last.
       url: the run directory as it was given, if it is on gs://.
       kept: what is there stays after the run's end, by the user's wish.
+      cause: with which the run ended outside of any attempt: while it waited for machines, say.
       created_at: when the machines that there are now were first asked for.
       asked: the newest last.
       on_intent: called when something is about to be asked for, and is written down.
@@ -103,6 +104,7 @@ class Ledger:
         self.host = os.uname().nodename
         self.url: str | None = None
         self.kept = False
+        self.cause: str | None = None
         self.created_at = ""
         self.asked: list[Asked] = []
         self.on_intent: Callable[[], None] = lambda: None
@@ -110,7 +112,7 @@ class Ledger:
 
     def read_again(self) -> None:
         """Take what is on disk, for it may have changed before the run was held."""
-        self.kept, self.created_at, self.asked = False, utc(time.time()), []
+        self.kept, self.cause, self.created_at, self.asked = False, None, utc(time.time()), []
         for path in (self.path / MACHINES, _copy(self.run_id)):
             record = rundir.read_record(path) or {}
             if record.get("run") == self.run_id:
@@ -118,7 +120,7 @@ class Ledger:
                 return
 
     def _take(self, record: dict[str, Any]) -> None:
-        self.kept = bool(record.get("kept"))
+        self.kept, self.cause = bool(record.get("kept")), record.get("cause")
         self.host, self.url = str(record["host"]), record.get("url")
         self.created_at = record["created_at"]
         names = {field.name for field in dataclasses.fields(Asked)}
@@ -159,6 +161,7 @@ class Ledger:
             "url": self.url,
             "created_at": self.created_at,
             "kept": self.kept,
+            "cause": self.cause,
             "machines": [dataclasses.asdict(one) for one in self.asked],
         }
         for path in (self.path / MACHINES, _copy(self.run_id)):

@@ -118,6 +118,7 @@ class _Run:
 
     def _attempts(self) -> int:
         displaced = False
+        self._ledger.cause = None
         try:
             while True:
                 try:
@@ -133,12 +134,18 @@ class _Run:
                     return code
                 self._wait(again)
         except _StoppedError:
+            self._ledger.cause = "stopped"
             _say("muster: stopped; start the same command again to go on")
             return contract.EXIT_RESUMABLE
         except _GivenUpError as error:
+            self._ledger.cause = "preempted"
             _say(f"muster: {error}")
             return contract.EXIT_RESUMABLE
+        except ConfigError:
+            self._ledger.cause = "config"
+            raise
         except GcloudError as error:
+            self._ledger.cause = "config"
             raise ConfigError("", f"Google Cloud refuses it: {error}") from None
         finally:
             if not displaced:  # Else whoever took the run over is the one to go on.
