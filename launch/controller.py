@@ -301,7 +301,13 @@ class Controller:
         self._console.show_new(last=True)
         guilty = verdict.guilty_process
         report = self._gang.progress.get(-1 if guilty is None else guilty)
-        attempt.close(verdict, retry, report.step if report else None)
+        lead = self._gang.progress.get(0)
+        attempt.close(
+            verdict,
+            retry,
+            report.step if report else None,
+            lead.step if lead else None,
+        )
         self._resources.close()
         self._attempt = None
         self._again_at = time.monotonic() + retry.delay_seconds if retry.again else None

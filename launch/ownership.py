@@ -200,9 +200,26 @@ class Attempt:
         notice = {"cause": event.cause, "message": event.message, "guilty_host": event.host}
         self.write(notice=notice)
 
-    def close(self, verdict: Verdict, retry: Retry, guilty_step: int | None = None) -> None:
-        """Record the end."""
+    def close(
+        self,
+        verdict: Verdict,
+        retry: Retry,
+        guilty_step: int | None = None,
+        heard_step: int | None = None,
+    ) -> None:
+        """Record the end.
+
+        Args:
+          verdict: on it.
+          retry: what follows.
+          guilty_step: where the guilty process was; None if it did not say.
+          heard_step: what the lead process was last heard to have reached; of another machine's
+            process, its file here may be older.
+        """
         failure = verdict.failure
+        reached = rundir.steps_reached(self.path)
+        if heard_step is not None and heard_step > (reached["last_step"] or 0):
+            reached["last_step"] = heard_step
         self._record.pop("notice", None)
         self.write(
             cause=verdict.cause,
@@ -223,7 +240,7 @@ class Attempt:
             collateral=list(verdict.collateral),
             retry=dataclasses.asdict(retry),
             ended_at=utc(time.time()),
-            **rundir.steps_reached(self.path),
+            **reached,
         )
 
 

@@ -29,6 +29,11 @@ STEPS = """
     step += 1
     saved.write_text(str(step))
     report_progress(step, "step")
+    while saved.exists() and not all(
+        other.exists() and int(other.read_text() or 0) >= step
+        for other in (saved.with_name("saved-0"), saved.with_name("saved-1"))
+    ):
+        time.sleep(0.01)  # Who fails must not take along what another has still to save.
     ENDING
 """
 
