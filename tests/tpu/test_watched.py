@@ -57,6 +57,17 @@ def test_a_run_in_the_background_shows_its_queue_and_its_lines_as_they_come(gang
     assert f"muster: deleted {name}" in log
 
 
+def test_a_run_whose_machines_have_lived_long_enough_is_saved_and_gives_them_back(gang):
+    muster = gang(tpu={"max_lifetime_seconds": 25.0}, grace_seconds=3.0)
+    done = muster.run(program=COUNTS.replace("range(40)", "range(10000)"))
+    assert done.returncode == 75, done.stderr
+    assert muster.attempt()["cause"] == "time_limit"
+    assert "tpu.max_lifetime_seconds=25 of the run's machines is over" in done.stderr
+    assert rundir.attempt_numbers(muster.workdir) == [0], "there is no time for another"
+    assert muster.there() == []
+    assert "time_limit" in muster.other("list").stdout
+
+
 def test_a_preemption_in_the_middle_of_a_save_costs_no_more_than_that_save(gang):
     muster: TpuMuster = gang()
     process = muster.start(*TRAIN, "--config.num_steps=40", "--config.checkpoint.every_steps=1")

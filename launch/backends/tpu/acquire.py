@@ -16,7 +16,7 @@ from launch.backends.tpu.fleet import Fleet
 from launch.backends.tpu.gcloud import GcloudError
 from launch.backends.tpu.ledger import Ledger
 from launch.backends.tpu.machines import Lease
-from launch.backends.tpu.nodes import Node, list_nodes
+from launch.backends.tpu.nodes import Node, find_node, list_nodes
 from launch.backends.tpu.prepare import Hosts, LostError, UnreachedError, alive_attempts
 from launch.backends.tpu.reach import Host, hosts_of, summary
 from launch.backends.tpu.states import is_lost, trouble
@@ -151,14 +151,15 @@ class Acquisition:
                 return
             try:
                 there = list_nodes(project, zone)
+                seen = [there.get(node.name) or find_node(project, zone, node.name)
+                        for node in nodes]  # fmt: skip
             except GcloudError:
                 return
             finally:
                 due = time.monotonic() + every
-            for node in nodes:
-                now = there.get(node.name, Node(node.name))
-                found = trouble(now)
-                if is_lost(now) and found:
+            for node in seen:
+                found = trouble(node)
+                if is_lost(node) and found:
                     raise LostError(found[1])
 
         return watch

@@ -132,6 +132,11 @@ class _Run:
                 displaced = machines.displaced
                 if displaced or again is None:
                     return code
+                if time.time() > lease.deadline - cluster.grace_seconds:
+                    self._ledger.cause = "time_limit"
+                    _say("muster: not tried again: the lifetime of the run's machines is over; "
+                         "start the same command again for another one")  # fmt: skip
+                    return contract.EXIT_RESUMABLE
                 self._wait(again)
         except _StoppedError:
             self._ledger.cause = "stopped"
