@@ -322,10 +322,12 @@ def test_copies_of_logs_are_whole_whatever_comes_twice_and_say_what_is_missing(t
     copies = link.Copies(tmp_path, [0], 1 << 20)
     copies.take({"event": "file", "name": "../../evil", "text": "x"})
     copies.take({"event": "file", "name": "process-00000.exit.json", "text": "{}"})
+    copies.take({"event": "file", "name": "stacks/process-00000.txt", "text": "main\n"})
     assert copies.positions() == {"0": 26}
     copies.close()
     assert not (tmp_path.parent.parent / "evil").exists()
     assert (tmp_path / "process-00000.exit.json").read_text() == "{}"
+    assert (tmp_path / "stacks/process-00000.txt").read_text() == "main\n"
 
 
 # ---------------------------------------------------------------------------- the ledger

@@ -50,7 +50,10 @@ class Copies:
             name = os.path.normpath(message["name"])
             if name.startswith(("..", "/")):
                 return  # A host must not write elsewhere.
-            contract.write_atomically(self._attempt / name, message["text"], mode=0o600)
+            path = self._attempt / name
+            # Of an attempt that was begun from another machine, only its record is here.
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            contract.write_atomically(path, message["text"], mode=0o600)
             return
         log = self._logs[message["process_id"]]
         data, offset = base64.b64decode(message["data"]), message["offset"]
@@ -125,6 +128,7 @@ class HostLink(threading.Thread):
         self._lease: dict[str, Any] | None = None  # The last, if it was not answered.
         self._heard = 0
         self._done = False
+        self._uncopied = False  # Whether that was said.
         self._open = True  # Whether the controller still wants to hear of it.
 
     def run(self) -> None:
@@ -231,7 +235,12 @@ class HostLink(threading.Thread):
             self.displaced = message["owner"]
             raise HostFailedError(f"another controller has it: {message['owner']}")
         if event in ("log", "file"):
-            self._copies.take(message)
+            try:
+                self._copies.take(message)
+            except OSError as error:  # A full disk here must not cost the run.
+                if not self._uncopied:
+                    self._uncopied = True
+                    self._say(f"muster: what {self.host.name} writes is not copied: {error}")
             return False
         number = message.pop("seq", None)
         if number is not None:
