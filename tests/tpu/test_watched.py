@@ -70,7 +70,7 @@ def test_a_run_whose_machines_have_lived_long_enough_is_saved_and_gives_them_bac
 
 def test_a_preemption_in_the_middle_of_a_save_costs_no_more_than_that_save(gang):
     muster: TpuMuster = gang()
-    process = muster.start(*TRAIN, "--config.num_steps=40", "--config.checkpoint.every_steps=1")
+    process = muster.start(*TRAIN, "--config.num_steps=20", "--config.checkpoint.every_steps=1")
     checkpoints = muster.storage / "gone"
 
     def saving() -> bool:
@@ -91,7 +91,7 @@ def test_a_preemption_in_the_middle_of_a_save_costs_no_more_than_that_save(gang)
     causes = [muster.attempt(number)["cause"] for number in rundir.attempt_numbers(muster.workdir)]
     assert causes == ["preempted", "completed"], err
     assert muster.attempt(1)["first_step"] >= saved
-    assert "done at step 40" in out
+    assert "done at step 20" in out
     losses = [json.loads(line) for line in (checkpoints.parent / "metrics.jsonl").open()]
-    assert {line["step"] for line in losses if "loss" in line} == set(range(1, 41))
+    assert {line["step"] for line in losses if "loss" in line} == set(range(1, 21))
     assert muster.there() == []
