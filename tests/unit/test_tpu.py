@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from launch import contract, registry, rundir
-from launch.backends.tpu import code, commands, gcloud, ledger, link, reach, remote, states
+from launch.backends.tpu import acquire, code, commands, gcloud, ledger, link, reach, remote, states
 from launch.backends.tpu.nodes import Node, node_of, queued_of
 from launch.logfile import LogReader
 from launch.program import Program
@@ -103,6 +103,18 @@ def test_the_shipped_configs_are_whole(name):
     chips = int(name.split("_")[1])
     assert cluster.num_devices == chips * cluster.slices
     assert cluster.hosts == cluster.num_devices // 4
+
+
+def test_how_many_hosts_there_are_is_what_the_api_reports(books):
+    said = []
+    acquisition = acquire.Acquisition(
+        cluster_of(accelerator="v5litepod-8"), None, ledger=books, say=said.append, pause=None
+    )
+    cluster = acquisition._shaped(2)
+    assert (cluster.hosts, cluster.devices_per_process, cluster.num_devices) == (2, 4, 8)
+    assert "2 hosts of 4 chips, not 1" in said[0]
+    with pytest.raises(ConfigError, match="the API reports 3 hosts"):
+        acquisition._shaped(3)
 
 
 # ---------------------------------------------------------------------------- what errors mean
