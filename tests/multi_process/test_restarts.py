@@ -60,7 +60,8 @@ def attempts(muster: MusterCommand) -> list[dict[str, Any]]:
 
 def test_a_gang_that_fails_twice_is_started_three_times_and_each_says_where_it_goes_on(muster):
     program = steps("sys.exit(f'failed at {step}') if me == '1' and attempt < 2 else None")
-    done = muster.run(program=program + "    print(os.environ['MUSTER_COORDINATOR_ADDRESS'])\n")
+    says = "\n    import os\n    print(os.environ['MUSTER_COORDINATOR_ADDRESS'])"
+    done = muster.run(program=says + program)
     assert done.returncode == 0, done.stderr
     found = attempts(muster)
     assert [record["cause"] for record in found] == ["exception", "exception", "completed"]
