@@ -63,7 +63,7 @@ class Provision:
         Args:
           key: what its content depends on.
           python: the interpreter that it is made from.
-          arguments: of `pip install`; with none, there is no environment but the interpreter's own.
+          arguments: of `pip install`.
           cwd: where these are to be understood.
         """
         folder = os.path.join(self._home, "env", key)
@@ -150,9 +150,11 @@ def _run(command, cwd, env, log):
 
 
 def write_all(data):
+    """Write all of it to standard output."""
     while data:
         data = data[os.write(1, data) :]
 
 
 def answer(**message):
+    """Send the controller a message."""
     write_all(json.dumps(message).encode() + b"\n")

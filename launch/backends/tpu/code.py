@@ -78,15 +78,25 @@ def pack(send: bool, max_file_bytes: int, run: Path, folder: Path) -> Code:
     archives = []
     root = None
     if send:
-        root = _root()
-        files = [name for name in tree_files(root) if not _is_below(root / name, run)]
-        check(root, files, max_file_bytes)
+        root, files = checked_tree(max_file_bytes, run)
         archives.append(_archive(root, files, folder))
     if root is None or not _is_below(ROOT / "launch", root):
         ours = (path for name in _MUSTER for path in (ROOT / name).rglob("*.py"))
         archives.append(_archive(ROOT, [str(path.relative_to(ROOT)) for path in ours], folder))
     cwd = "." if root is None else os.path.relpath(Path.cwd(), root)
     return Code(tuple(archives), root, cwd)
+
+
+def checked_tree(max_file_bytes: int, run: Path) -> tuple[Path, list[str]]:
+    """The current directory's tree, and those of its files that go along; see pack.
+
+    Raises:
+      ConfigError: a file looks like a secret, or is too large.
+    """
+    root = _root()
+    files = [name for name in tree_files(root) if not _is_below(root / name, run)]
+    check(root, files, max_file_bytes)
+    return root, files
 
 
 def _is_below(path: Path, folder: Path) -> bool:

@@ -26,7 +26,7 @@ from launch.channel import RemoteChannel
 _READ_BYTES = 1 << 18
 _MOST_WAIT_SECONDS = 5.0  # Between two tries to connect anew.
 _GOODBYE_SECONDS = 10.0  # For an agent that is done to be told that this was heard.
-# A plan may take long to come: hosts start one after another where there are many.
+# How long an agent waits for its plan: the connection may break before it has come.
 _PLAN_SECONDS = 600.0
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from launch import contract, rundir
 from launch.backends.tpu import commands, gcloud, plans
-from launch.backends.tpu.code import pack
+from launch.backends.tpu.code import checked_tree
 from launch.backends.tpu.holdings import labels
 from launch.backends.tpu.plans import CONFIG_PLACE, GangSpec, Prepared
 from launch.backends.tpu.reach import Host
@@ -136,5 +134,5 @@ def check(request: Request) -> None:
     gcloud.check_installed()
     remote_program(request, storage_of(request, "RUN"))
     spec = request.cluster.tpu
-    with tempfile.TemporaryDirectory() as folder:
-        pack(spec.send_code, spec.max_file_bytes, request.workdir, Path(folder))
+    if spec.send_code:
+        checked_tree(spec.max_file_bytes, request.workdir)
