@@ -1,0 +1,262 @@
+"""What a step will about take on each device, without compiling it.
+
+State and traffic are those of the layout: exact, and the least that is possible. Activations are
+the residuals that JAX's autodiff keeps of the task's loss under the model's own remat, traced for
+one and for two examples on one device. An array one of whose dims is as long as one that `tensor`
+splits in some parameter counts as split itself. Then, of a microbatch of `b` examples a device:
+
+    temporaries = b * kept                      what the forward pass keeps for the backward
+                + b * widest                    the largest array of an example, and its gradient
+                + gradients                     twice, if microbatches add theirs up
+                + gathered                      weights in use, whole over the batch axes
+
+`docs/plan.md` has how far off this was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from launch.spec import BATCH_AXES, TrainSpec
+from launch.topology import Chip
+from trainer.ledger import array_bytes
+from trainer.plan.bound import bounds, largest, peaks_of
+from trainer.plan.least import least_bytes
+from trainer.prepare import Prepared
+from trainer.sharding import as_tuple
+from trainer.state import StateLayout
+from trainer.step import as_loss
+from trainer.task import Task
+
+_BUFFERED = 2  # Layers' weights at a time: one in use, the next on its way.
+
+
+class Arrays(NamedTuple):
+    """Bytes of some arrays, by whether `tensor` splits them."""
+
+    split: float
+    whole: float
+
+    def over(self, tensor: int) -> float:
+        """On each of so many devices."""
+        return self.split / tensor + self.whole
+
+
+class Trace(NamedTuple):
+    """What the loss of one example takes, forward and backward, on one device.
+
+    Attributes:
+      kept: from the forward pass for the backward.
+      widest: the largest array, once.
+      flops: of matmuls and convolutions, with what is computed again.
+    """
+
+    kept: Arrays
+    widest: Arrays
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Figures of a device, named as in a plan's record."""
+
+    peak_bytes: int
+    state_bytes: int
+    temp_bytes: int
+    link_bytes: Mapping[str, float]
+    bounds: Mapping[str, float | None]
+    step_seconds_bound: float | None
+    bound_by: str
+
+
+def trace(task: Task, layout: StateLayout) -> Trace:
+    """Trace a task's loss and its gradient. Its model says what it keeps and computes again."""
+    lengths = split_lengths(layout)
+    one, two = (_traced(task, layout, lengths, number) for number in (1, 2))
+    # What does not grow with the batch is made of the weights, and counted with them.
+    kept = Arrays(two.kept.split - one.kept.split, two.kept.whole - one.kept.whole)
+    widest = max(two.widest, key=lambda arrays: sum(arrays))
+    return Trace(kept, Arrays(widest.split / 2, widest.whole / 2), two.flops - one.flops)
+
+
+class _Traced(NamedTuple):
+    kept: Arrays
+    widest: list[Arrays]
+    flops: float
+
+
+def _traced(task: Task, layout: StateLayout, lengths: frozenset[int], number: int) -> _Traced:
+    """The same for `number` examples, and with what does not depend on them."""
+    model, optimizer = layout.merge(layout.abstract)
+    model.train()
+    graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
+    batch = {
+        name: jax.ShapeDtypeStruct((number, *one.shape), one.dtype)
+        for name, one in task.example_spec().items()
+    }
+
+    def pull_back(params: Any, rest: Any, batch: Any) -> Any:
+        def loss(params: Any) -> jax.Array:
+            model = nnx.merge(graphdef, params, rest, copy=True)
+            return as_loss(task, task.loss(model, batch), batch).total
+
+        return jax.vjp(loss, params)[1]
+
+    def gradient(params: Any, rest: Any, batch: Any) -> Any:
+        return pull_back(params, rest, batch)(np.float32(1.0))
+
+    forward = jax.make_jaxpr(pull_back)(params, rest, batch).jaxpr
+    given = {id(variable) for variable in forward.invars}
+    outs = {id(out): out.aval for out in forward.outvars if hasattr(out, "aval")}
+    kept = [aval for key, aval in outs.items() if key not in given]
+    whole = jax.make_jaxpr(gradient)(params, rest, batch).jaxpr
+    return _Traced(
+        _sum(kept, lengths),
+        [_sum([aval], lengths) for aval in _made(whole)],
+        sum(times * _flops(equation) for equation, times in _equations(whole)),
+    )
+
+
+def split_lengths(layout: StateLayout) -> frozenset[int]:
+    """Lengths of dims that `tensor` splits, and their products: activations have these merged.
+
+    The layout's mesh need not have a `tensor` axis of more than one device: the rules count.
+    """
+    found: set[int] = set()
+    for name, leaf in zip(layout.names, layout.abstract, strict=True):
+        if name not in layout.params:
+            continue
+        entries = [as_tuple(entry) for entry in leaf.sharding.spec]
+        for dim, axes in enumerate(entries):
+            if "tensor" in axes:
+                found.add(leaf.shape[dim])
+                if dim + 1 < len(leaf.shape) and not (dim + 1 < len(entries) and entries[dim + 1]):
+                    found.add(leaf.shape[dim] * leaf.shape[dim + 1])
+    return frozenset(found - {1})
+
+
+def _sum(avals: Iterable[Any], lengths: frozenset[int]) -> Arrays:
+    split = whole = 0.0
+    for aval in avals:
+        if not hasattr(aval, "dtype") or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+            continue
+        size = float(math.prod(aval.shape) * aval.dtype.itemsize)
+        if lengths.intersection(aval.shape):
+            split += size
+        else:
+            whole += size
+    return Arrays(split, whole)
+
+
+def _equations(jaxpr: Any, times: float = 1.0) -> Iterator[tuple[Any, float]]:
+    """The equations of a jaxpr and of those inside of it, and how often each runs."""
+    for equation in jaxpr.eqns:
+        yield equation, times
+        repeated = times * equation.params.get("length", 1) if _is_scan(equation) else times
+        for inner in _inner(equation):
+            yield from _equations(inner, repeated)
+
+
+def _is_scan(equation: Any) -> bool:
+    return equation.primitive.name == "scan"
+
+
+def _inner(equation: Any) -> Iterator[Any]:
+    """The jaxprs in an equation's parameters."""
+    for value in equation.params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            one = getattr(one, "jaxpr", one)
+            if hasattr(one, "eqns"):
+                yield one
+
+
+def _made(jaxpr: Any) -> Iterator[Any]:
+    """What equations make; of a scan, what is inside of it: what it stacks is kept, and counted."""
+    for equation, _ in _equations(jaxpr):
+        if not _is_scan(equation):
+            yield from (out.aval for out in equation.outvars)
+
+
+def _flops(equation: Any) -> float:
+    """Of a matmul or convolution, two for each product."""
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(
+            left[dim] for dim in contracted
+        )
+    if equation.primitive.name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        out_dim = equation.params["dimension_numbers"].rhs_spec[0]
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / kernel[out_dim]
+    return 0.0
+
+
+def estimate(
+    spec: TrainSpec, task: Task, prepared: Prepared, traced: Trace, chip: Chip | None
+) -> Estimate:
+    """The figures of a step.
+
+    Args:
+      spec: resolved.
+      task: the model and its loss.
+      prepared: on a mesh of the spec's shape.
+      traced: of the task.
+      chip: of the devices; None where it is not known.
+    """
+    layout, tensor = prepared.layout, spec.mesh.tensor
+    examples = spec.global_batch_size / spec.mesh.batch_shards
+    at_once = examples / spec.num_microbatches
+    weights = Weights.of(layout, task)
+    temp = at_once * (traced.kept.over(tensor) + traced.widest.over(tensor))
+    temp += weights.gradients * (1 if spec.num_microbatches == 1 else 2) + weights.gathered
+    state = prepared.ledger.device_bytes
+    links = {name: sent for name, sent in least_bytes(spec, task, layout).items() if sent}
+    peaks = peaks_of(chip) if chip else None
+    parts = bounds(peaks, examples * traced.flops / tensor, 2 * state, links)
+    bound, by = largest(parts)
+    return Estimate(int(state + temp), state, int(temp), links, parts, bound, by)
+
+
+class Weights(NamedTuple):
+    """What a device has of the weights besides the state, in bytes: all `gradients`, and weights
+    `gathered` over the batch axes, as many as are in use at a time."""
+
+    gradients: float
+    gathered: float
+
+    @classmethod
+    def of(cls, layout: StateLayout, task: Task) -> Weights:
+        """Those of a layout."""
+        gradients = gathered = widest = 0.0
+        width = task.compute_dtype()
+        shards = iter(layout.gradients)
+        for name, leaf in zip(layout.names, layout.abstract, strict=True):
+            if name not in layout.params:
+                continue
+            total, device = array_bytes(leaf)
+            shard = next(shards).shard_shape(tuple(leaf.shape))
+            gradients += total * math.prod(shard) / max(1, leaf.size)
+            axes = {axis for entry in leaf.sharding.spec for axis in as_tuple(entry)}
+            if axes.isdisjoint(BATCH_AXES):
+                continue
+            size = device * math.prod(layout.mesh.shape[a] for a in axes if a in BATCH_AXES)
+            if width is not None:
+                size *= min(1.0, jax.numpy.dtype(width).itemsize / leaf.dtype.itemsize)
+            layers = _layers(leaf)
+            gathered += _BUFFERED * size / layers if layers > 1 else 0.0
+            widest = max(widest, size / layers)
+        return cls(gradients, max(gathered, _BUFFERED * widest))
+
+
+def _layers(leaf: Any) -> int:
+    """How many layers a leaf holds: those that a scan goes through are stacked in front."""
+    entries = leaf.sharding.spec
+    return leaf.shape[0] if len(leaf.shape) > 2 and len(entries) and entries[0] is None else 1
