@@ -82,7 +82,7 @@ def trace(task: Task, layout: StateLayout) -> Trace:
     one, two = (_traced(task, layout, lengths, number) for number in (1, 2))
     # What does not grow with the batch is made of the weights, and counted with them.
     kept = Arrays(two.kept.split - one.kept.split, two.kept.whole - one.kept.whole)
-    widest = max(two.widest, key=lambda arrays: sum(arrays))
+    widest = max(two.widest, key=sum)
     return Trace(kept, Arrays(widest.split / 2, widest.whole / 2), two.flops - one.flops)
 
 
@@ -172,9 +172,9 @@ def _inner(equation: Any) -> Iterator[Any]:
     """The jaxprs in an equation's parameters."""
     for value in equation.params.values():
         for one in value if isinstance(value, (tuple, list)) else (value,):
-            one = getattr(one, "jaxpr", one)
-            if hasattr(one, "eqns"):
-                yield one
+            jaxpr = getattr(one, "jaxpr", one)
+            if hasattr(jaxpr, "eqns"):
+                yield jaxpr
 
 
 def _made(jaxpr: Any) -> Iterator[Any]:
@@ -189,8 +189,10 @@ def _flops(equation: Any) -> float:
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         left = equation.invars[0].aval.shape
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(
-            left[dim] for dim in contracted
+        return (
+            2.0
+            * math.prod(equation.outvars[0].aval.shape)
+            * math.prod(left[dim] for dim in contracted)
         )
     if equation.primitive.name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape

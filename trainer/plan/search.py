@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -140,7 +141,9 @@ class _Search:
 
         task = self._tasks[way.remat]
         if way.remat not in self._traces:
-            self._traces[way.remat] = trace(task, prepared.layout)
+            # The layout holds the model, and with it what the model keeps.
+            own = self._lay_out(spec, task).prepared.layout
+            self._traces[way.remat] = trace(task, own)
         found = estimate(spec, task, prepared, self._traces[way.remat], chip)
         return {
             "accelerator": cluster.accelerator,
@@ -153,8 +156,8 @@ class _Search:
         }
 
     def _leave_out(self, reason: str, mesh: Any) -> None:
-        entry = self._left_out.setdefault(reason, {"reason": reason, "count": 0, "meshes": []})
-        entry["count"] += 1
+        like = re.sub(r"= \d+", "= N", reason)  # Of axes that differ in their size alone.
+        entry = self._left_out.setdefault(like, {"reason": reason, "meshes": []})
         shape = dataclasses.asdict(mesh)
         if shape not in entry["meshes"]:
             entry["meshes"].append(shape)
@@ -177,7 +180,6 @@ def _unfit(mesh: Any, devices: Sequence[Any], cluster: Cluster) -> str:
 def _first_words(error: ConfigError) -> str:
     """What is wrong, without what to do."""
     return error.rule.partition(";")[0].split(" (largest")[0]
-
 
 
 if __name__ == "__main__":
