@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.plan.hlo import Computation, Instruction, Module, metadata
+from trainer.plan.loops import executions
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
           "ragged-all-to-all", "collective-broadcast")  # fmt: skip
@@ -111,7 +112,7 @@ def collectives(module: Module, grid: Grid) -> list[Collective]:
       module: compiled.
       grid: its partitions' places.
     """
-    counts, _ = module.executions()
+    counts, _ = executions(module)
     devices = grid.within(module.num_partitions)
     found = []
     for name, times in counts.items():

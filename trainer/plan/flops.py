@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.plan.hlo import Computation, Instruction, Module, Shape
+from trainer.plan.loops import executions
 
 _LIST = r"\{([\d,]*)\}"
 
@@ -34,7 +35,7 @@ class Flops(NamedTuple):
 
 def count_flops(module: Module) -> Flops:
     """Count the products of a run of the module on one device."""
-    counts, _ = module.executions()
+    counts, _ = executions(module)
     total = kernels = 0.0
     silent: set[str] = set()
     for name, times in counts.items():

@@ -20,6 +20,7 @@ from trainer.plan.compiled import Compiled, compile_for_plan
 from trainer.plan.flops import count_flops
 from trainer.plan.hlo import parse
 from trainer.plan.least import least_bytes
+from trainer.plan.loops import executions
 from trainer.plan.target import Target, make_target
 from trainer.plan.words import Namer
 from trainer.prepare import Prepared, prepare
@@ -76,7 +77,7 @@ def make_plan(spec: TrainSpec, task: Task, cluster: Cluster) -> dict[str, Any]:
         target.platform == "tpu",
     )
     found = collectives(module, grid)
-    _, unknown_loops = module.executions()
+    _, unknown_loops = executions(module)
     flops = count_flops(module)
     model, _ = layout.merge(layout.abstract)
     per_example = task.flops_per_example(model)

@@ -32,8 +32,8 @@ def _head(record: Mapping[str, Any]) -> list[str]:
     ]
     if record["simulated"]:
         lines.append(
-            "simulated: compiled for CPU devices of one process here; the program of a gang, and of "
-            "GPUs even more so, has other temporaries and collectives"
+            "simulated: compiled for CPU devices of one process here; the program of a gang, and "
+            "of GPUs even more so, has other temporaries and collectives"
         )
     return lines
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from trainer.plan.buffers import Buffer
-from trainer.plan.hlo import Instruction, Module, called, metadata
+from trainer.plan.hlo import Instruction, Module, metadata
+from trainer.plan.loops import called
 from trainer.state import StateLayout
 
 _SHAPE = re.compile(r"([a-z]+[0-9]+[a-z0-9]*|pred)\[([\d,]*)\]")
