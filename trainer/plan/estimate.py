@@ -1,6 +1,6 @@
 """What a step will about take on each device, without compiling it.
 
-State and traffic are those of the layout: exact, and the least that is possible. Activations are
+The state is that of the layout, exactly. Activations are
 the residuals that JAX's autodiff keeps of the task's loss under the model's own remat, traced for
 one and for two examples on one device. An array one of whose dims is as long as one that `tensor`
 splits in some parameter counts as split itself. Then, of a microbatch of `b` examples a device:
@@ -28,7 +28,6 @@ from launch.spec import BATCH_AXES, TrainSpec
 from launch.topology import Chip
 from trainer.ledger import array_bytes
 from trainer.plan.bound import bounds, largest, peaks_of
-from trainer.plan.least import least_bytes
 from trainer.prepare import Prepared
 from trainer.sharding import as_tuple
 from trainer.state import StateLayout
@@ -70,6 +69,7 @@ class Estimate:
     peak_bytes: int
     state_bytes: int
     temp_bytes: int
+    temp_parts: Mapping[str, float]
     link_bytes: Mapping[str, float]
     bounds: Mapping[str, float | None]
     step_seconds_bound: float | None
@@ -217,14 +217,72 @@ def estimate(
     examples = spec.global_batch_size / spec.mesh.batch_shards
     at_once = examples / spec.num_microbatches
     weights = Weights.of(layout, task)
-    temp = at_once * (traced.kept.over(tensor) + traced.widest.over(tensor))
-    temp += weights.gradients * (1 if spec.num_microbatches == 1 else 2) + weights.gathered
+    parts = {
+        "kept": at_once * traced.kept.over(tensor),
+        "widest": at_once * traced.widest.over(tensor),
+        "gradients": weights.gradients * (1 if spec.num_microbatches == 1 else 2),
+        "gathered": weights.gathered,
+    }
+    temp = sum(parts.values())
     state = prepared.ledger.device_bytes
-    links = {name: sent for name, sent in least_bytes(spec, task, layout).items() if sent}
+    links = {name: sent for name, sent in expected_bytes(spec, task, layout).items() if sent}
     peaks = peaks_of(chip) if chip else None
-    parts = bounds(peaks, examples * traced.flops / tensor, 2 * state, links)
-    bound, by = largest(parts)
-    return Estimate(int(state + temp), state, int(temp), links, parts, bound, by)
+    seconds = bounds(peaks, examples * traced.flops / tensor, 2 * state, links)
+    bound, by = largest(seconds)
+    return Estimate(int(state + temp), state, int(temp), parts, links, seconds, bound, by)
+
+
+def expected_bytes(spec: TrainSpec, task: Task, layout: StateLayout) -> dict[str, float]:
+    """Bytes that each device will send in a step, by link.
+
+    More than the least that is possible: the trainer reduces the gradients of each microbatch, and
+    in the dtype of the parameters. Optimizer state that is split over more axes than its params
+    has the new params gathered from there.
+    """
+    mesh, number = spec.mesh, spec.num_microbatches
+    width = task.compute_dtype()
+    total = {"ici": 0.0, "dcn": 0.0}
+
+    def send(size: float, axes: Iterable[str]) -> None:
+        within = math.prod(getattr(mesh, axis) for axis in axes)
+        across = math.prod(getattr(mesh, f"dcn_{axis}") for axis in axes)
+        total["ici"] += size * (within - 1) / within
+        total["dcn"] += size / within * (across - 1) / across
+
+    shardings = iter(layout.gradients)
+    for name, leaf in zip(layout.names, layout.abstract, strict=True):
+        if name not in layout.params:
+            continue
+        axes = _axes(leaf.sharding)
+        of_state = _axes(next(shardings))
+        full = array_bytes(leaf)[1] * math.prod(
+            layout.mesh.shape[axis] for axis in BATCH_AXES if axis in axes
+        )
+        narrow = 1.0 if width is None else min(1.0, dtype_width(width) / leaf.dtype.itemsize)
+        shared = [axis for axis in BATCH_AXES if axis in axes]
+        # Gathered forward and backward, and their gradients scattered.
+        send(number * full * (2 * narrow + 1), shared)
+        shard = array_bytes(leaf)[1]
+        for axis in BATCH_AXES:
+            if axis in axes:
+                continue
+            # Scattered for each microbatch, and gathered once; or both for each of them.
+            send(shard * (number + 1 if axis in of_state else 2 * number), [axis])
+    activations = task.tensor_bytes_per_example()
+    if activations is not None and mesh.tensor > 1:
+        examples = spec.global_batch_size / mesh.batch_shards
+        total["ici"] += 2 * (mesh.tensor - 1) / mesh.tensor * activations * examples
+    return total
+
+
+def dtype_width(name: str) -> int:
+    """Bytes of an element."""
+    return jax.numpy.dtype(name).itemsize
+
+
+def _axes(sharding: Any) -> set[str]:
+    """The mesh axes that split an array."""
+    return {axis for entry in sharding.spec for axis in as_tuple(entry)}
 
 
 class Weights(NamedTuple):
@@ -246,12 +304,12 @@ class Weights(NamedTuple):
             total, device = array_bytes(leaf)
             shard = next(shards).shard_shape(tuple(leaf.shape))
             gradients += total * math.prod(shard) / max(1, leaf.size)
-            axes = {axis for entry in leaf.sharding.spec for axis in as_tuple(entry)}
+            axes = _axes(leaf.sharding)
             if axes.isdisjoint(BATCH_AXES):
                 continue
             size = device * math.prod(layout.mesh.shape[a] for a in axes if a in BATCH_AXES)
             if width is not None:
-                size *= min(1.0, jax.numpy.dtype(width).itemsize / leaf.dtype.itemsize)
+                size *= min(1.0, dtype_width(width) / leaf.dtype.itemsize)
             layers = _layers(leaf)
             gathered += _BUFFERED * size / layers if layers > 1 else 0.0
             widest = max(widest, size / layers)
