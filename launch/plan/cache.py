@@ -49,8 +49,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits the memory of the cluster's devices."""
-        return bool(self.record["fits"])
+        """Whether the step fits the memory of the cluster's devices, as far as that is known."""
+        return self.record["fits"] is not False
 
 
 def folder() -> Path:
@@ -121,7 +121,7 @@ def find(key: str) -> Plan | None:
     record, text = entry.get("plan"), entry.get("text")
     if entry.get("key") != key or not isinstance(record, dict) or not isinstance(text, str):
         return None
-    if not isinstance(record.get("fits"), bool):
+    if "fits" not in record:
         return None
     with contextlib.suppress(OSError):
         os.utime(path)

@@ -41,8 +41,7 @@ def check(request: Request) -> Plan | None:
         try:
             plan = planner.make(question)
         except PlannerError as error:
-            first, *_, last = [*str(error).splitlines(), ""]
-            _say(f"warning: not planned: {first}" + (f": {last}" if last else ""))
+            _say(f"warning: not planned: {error.short}")
             return None
         except ConfigError as error:
             raise ConfigError("", f"{error} (found while planning; {SKIP})") from None

@@ -55,7 +55,13 @@ class Question:
 
 
 class PlannerError(Exception):
-    """The planner itself has failed."""
+    """The planner itself has failed; its text has what it said last, in lines."""
+
+    @property
+    def short(self) -> str:
+        """The same in one line."""
+        first, *said = str(self).splitlines()
+        return f"{first}: {said[-1].strip()}" if said else first
 
 
 def needs_libtpu(cluster: Cluster) -> bool:
@@ -129,9 +135,10 @@ def _failure(done: command.Done) -> Exception:
         errors = [line for line in said if line.startswith("error: ")]
         if errors:
             return ConfigError("", errors[-1].removeprefix("error: "))
-    what = "killed" if done.exit_code == -9 else f"ended with exit code {done.exit_code}"
-    return PlannerError("\n".join([f"the planner was {what}" if what == "killed" else
-                                   f"the planner {what}", *said[-_SHOWN_LINES:]]))  # fmt: skip
+    ended = {-9: "was killed", None: done.err}.get(
+        done.exit_code, f"ended with exit code {done.exit_code}"
+    )
+    return PlannerError("\n".join([f"the planner {ended}", *said[-_SHOWN_LINES:]]))
 
 
 def save(plan: Plan, run: Path) -> None:

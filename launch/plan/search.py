@@ -220,7 +220,8 @@ class _Compilation:
         except (ConfigError, PlannerError) as error:
             if self._over.is_set():
                 return
-            way.error = f"{describe(way)}: {str(error).splitlines()[0]}"
+            why = error.short if isinstance(error, PlannerError) else str(error)
+            way.error = f"{describe(way)}: {why}"
             self._tell(way, way.error)
             return
         way.record = found.record

@@ -10,9 +10,9 @@ def one_line(record: Mapping[str, Any]) -> str:
     """Whether it fits, and how long a step takes at the least."""
     peak, usable = record.get("peak_bytes"), usable_bytes(record)
     memory = size(peak) if usable is None else f"{size(peak)} of {size(usable)}"
-    if not record["fits"]:
+    if record["fits"] is False:
         return f"it takes {memory} per device"
-    text = f"the training step fits: {memory} per device"
+    text = f"the training step {'fits' if record['fits'] else 'compiles'}: {memory} per device"
     seconds, mfu = record.get("step_seconds_bound"), record.get("mfu_bound")
     if seconds:
         text += f", {short_seconds(seconds)} a step at the least"
