@@ -66,5 +66,6 @@ def test_moments_that_are_not_split_show_in_the_ledger(planned, monkeypatch):
     assert plan["ledger"]["device_bytes"] == pytest.approx(STATE / 4 + more, rel=0.01)
     assert plan["argument_bytes"] == pytest.approx(STATE / 4 + more, rel=0.02)
     assert plan["ledger"]["excess_bytes"] == pytest.approx(more, rel=0.01)
+    assert plan["ledger"]["excess_bytes_by_axis"] == {"fsdp": plan["ledger"]["excess_bytes"]}
     assert "under-sharded" in report(plan)
     assert ".mu." in report(plan)
