@@ -67,7 +67,7 @@ class Ledger:
         return sum(entry.excess_bytes for entry in self.entries)
 
     def excess_by_axis(self) -> dict[str, int]:
-        """Axis -> bytes on each device that splitting over it alone would save, where it is none."""
+        """Axis -> bytes on each device that splitting over it, and it alone, would save."""
         axes: dict[str, int] = {}
         for entry in self.entries:
             for axis in entry.missing_axes if entry.excess_bytes else ():
