@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.plan.hlo import Computation, Instruction, Module, Shape
+from trainer.plan.hlo import Computation, Instruction, Module, Shape, metadata
 from trainer.plan.loops import executions
 
 _LIST = r"\{([\d,]*)\}"
@@ -24,11 +24,13 @@ class Flops(NamedTuple):
 
     Attributes:
       total: of products, all loops multiplied out.
+      again: of `total`, those of a forward pass that the backward pass repeats (remat).
       kernels: of `total`, those in kernels that are no HLO (Pallas), as the kernels say themselves.
       silent: kernels, by name, that say nothing; their FLOPs are not in `total`.
     """
 
     total: float
+    again: float
     kernels: float
     silent: tuple[str, ...]
 
@@ -36,21 +38,26 @@ class Flops(NamedTuple):
 def count_flops(module: Module) -> Flops:
     """Count the products of a run of the module on one device."""
     counts, _ = executions(module)
-    total = kernels = 0.0
+    total = again = kernels = 0.0
     silent: set[str] = set()
     for name, times in counts.items():
         computation = module.computations[name]
         for instruction in computation.instructions.values():
             if instruction.opcode == "dot":
-                total += times * _dot(instruction, computation)
+                done = times * _dot(instruction, computation)
             elif instruction.opcode == "convolution":
-                total += times * _convolution(instruction, computation)
+                done = times * _convolution(instruction, computation)
             elif instruction.opcode == "custom-call" and _is_kernel(instruction):
-                said = _said_by_kernel(instruction)
-                kernels += times * said
-                if not said:
+                done = times * _said_by_kernel(instruction)
+                kernels += done
+                if not done:
                     silent.add(instruction.name.split(".")[0])
-    return Flops(total + kernels, kernels, tuple(sorted(silent)))
+            else:
+                continue
+            total += done
+            if "rematted_computation" in metadata(instruction.attributes)[0]:
+                again += done
+    return Flops(total, again, kernels, tuple(sorted(silent)))
 
 
 def _shape(name: str, computation: Computation) -> Shape:

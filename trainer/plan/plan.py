@@ -108,6 +108,7 @@ def make_plan(spec: TrainSpec, task: Task, cluster: Cluster) -> dict[str, Any]:
         "model_flops": model_flops,
         "model_flops_formula": task.flops_formula(),
         "compiled_flops": flops.total * devices,
+        "remat_flops": flops.again * devices,
         "kernel_flops": flops.kernels * devices,
         "silent_kernels": list(flops.silent),
         "peaks": None if peaks is None else dataclasses.asdict(peaks),

@@ -114,6 +114,8 @@ def _arithmetic(record: Mapping[str, Any]) -> list[str]:
     kernels = record["kernel_flops"]
     said = f", {kernels:.3g} of them in kernels, by their own estimate" if kernels else ""
     ratio = f", {compiled / model:.3f} times the model's" if model and compiled else ""
+    again = record["remat_flops"]
+    ratio += f"; {again / compiled:.1%} compute the forward pass again" if again else ""
     lines.append(f"compiled FLOPs: {compiled:.4g} a step over all devices{ratio}{said}")
     if record["silent_kernels"]:
         lines.append(f"  not counted, since they do not say: {', '.join(record['silent_kernels'])}")
