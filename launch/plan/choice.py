@@ -77,7 +77,7 @@ class Correction:
     def of(cls, ways: Iterable[Way]) -> Correction:
         """The middle one of what was seen."""
         ratios = [
-            way.record["temp_bytes"] / way.estimate["temp_bytes"]
+            (way.record["peak_bytes"] - way.estimate["state_bytes"]) / way.estimate["temp_bytes"]
             for way in ways
             if way.record is not None and way.estimate["temp_bytes"]
         ]

@@ -34,6 +34,12 @@ from trainer.state import StateLayout
 from trainer.step import as_loss
 from trainer.task import Task
 
+_ROW = 64  # Elements that make up a row, at the least.
+_CALLS = ("pjit", "jit", "custom_jvp_call", "closed_call", "core_call")
+_NOT_POINTWISE = (
+    *("dot_general", "conv_general_dilated", "gather", "scatter", "scatter-add", "sort"),
+    *("cumsum", "cumprod", "cummax", "custom_call", "ragged_dot", "fft", "while"),
+)
 _BUFFERED = 2  # Layers' weights at a time: one in use, the next on its way.
 
 
@@ -113,12 +119,9 @@ def _traced(task: Task, layout: StateLayout, lengths: frozenset[int], number: in
         return pull_back(params, rest, batch)(np.float32(1.0))
 
     forward = jax.make_jaxpr(pull_back)(params, rest, batch).jaxpr
-    given = {id(variable) for variable in forward.invars}
-    outs = {id(out): out.aval for out in forward.outvars if hasattr(out, "aval")}
-    kept = [aval for key, aval in outs.items() if key not in given]
     whole = jax.make_jaxpr(gradient)(params, rest, batch).jaxpr
     return _Traced(
-        _sum(kept, lengths),
+        _sum(_kept(forward), lengths),
         [_sum([aval], lengths) for aval in _made(whole)],
         sum(times * _flops(equation) for equation, times in _equations(whole)),
     )
@@ -145,14 +148,64 @@ def split_lengths(layout: StateLayout) -> frozenset[int]:
 def _sum(avals: Iterable[Any], lengths: frozenset[int]) -> Arrays:
     split = whole = 0.0
     for aval in avals:
-        if not hasattr(aval, "dtype") or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
-            continue
-        size = float(math.prod(aval.shape) * aval.dtype.itemsize)
-        if lengths.intersection(aval.shape):
+        size = _bytes(aval)
+        if size and lengths.intersection(aval.shape):
             split += size
         else:
             whole += size
     return Arrays(split, whole)
+
+
+def _kept(forward: Any) -> list[Any]:
+    """What XLA has to keep to have the residuals that a forward pass returns.
+
+    Not arguments; and of several arrays that follow, element by element, from the same product
+    (logits, their exponentials and a mask of them) that product alone: the others are computed
+    again as part of what uses them.
+    """
+    made_by = {out: equation for equation in forward.eqns for out in equation.outvars}
+    wanted = {out for out in forward.outvars if out in made_by}
+    kept: dict[Any, None] = {}
+    there = {*forward.invars, *forward.constvars}
+
+    def roots(variable: Any, least: int, found: dict[Any, None]) -> None:
+        """What is not there and cannot be computed element by element from what is."""
+        if hasattr(variable, "val") or variable in there or variable in kept:
+            return  # A literal, or at hand.
+        if variable.aval.size < least:
+            return  # No more than the sums of rows.
+        equation = made_by[variable]
+        if not _is_pointwise(equation):
+            found[variable] = None
+            return
+        for operand in equation.invars:
+            roots(operand, least, found)
+
+    for equation in forward.eqns:
+        for out in equation.outvars:
+            if out in wanted:
+                found: dict[Any, None] = {}
+                roots(out, out.aval.size // _ROW, found)
+                cheaper = sum(_bytes(root.aval) for root in found) <= _bytes(out.aval)
+                kept.update(found if cheaper else {out: None})
+    return [variable.aval for variable in kept]
+
+
+def _bytes(aval: Any) -> float:
+    if not hasattr(aval, "dtype") or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return 0.0
+    return float(math.prod(aval.shape) * aval.dtype.itemsize)
+
+
+def _is_pointwise(equation: Any) -> bool:
+    """Whether what an equation makes can be computed element by element, where it is used."""
+    inner = list(_inner(equation))
+    if inner:
+        called = equation.primitive.name in _CALLS
+        return called and all(_is_pointwise(one) for jaxpr in inner for one in jaxpr.eqns)
+    most = max((math.prod(one.aval.shape) for one in equation.invars), default=0)
+    makes = math.prod(equation.outvars[0].aval.shape)
+    return makes >= most and equation.primitive.name not in _NOT_POINTWISE
 
 
 def _equations(jaxpr: Any, times: float = 1.0) -> Iterator[tuple[Any, float]]:
