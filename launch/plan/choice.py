@@ -4,6 +4,7 @@ they are shown. Pure."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,6 +58,11 @@ class Way:
         return None if seconds is None else seconds / self.tokens
 
     @property
+    def remat(self) -> str | None:
+        """What the model keeps."""
+        return self.fields.get("model.remat")
+
+    @property
     def family(self) -> tuple[Any, ...]:
         """Ways that differ from it in memory and hardly in time: once one of them fits, it is as
         good as the others."""
@@ -69,25 +75,35 @@ _MEMORY_ALONE = ("num_microbatches", "sharding.optimizer_axes")
 
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """How much more than estimated was seen, by what was compiled so far."""
+    """How many times the estimated temporaries were seen, by what was compiled so far.
+
+    Attributes:
+      temp: the middle one of what was seen.
+      temp_by_remat: the same of each remat policy: it decides what there is to be estimated.
+    """
 
     temp: float = 1.0
+    temp_by_remat: Mapping[Any, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, ways: Iterable[Way]) -> Correction:
-        """The middle one of what was seen."""
-        ratios = [
-            (way.record["peak_bytes"] - way.estimate["state_bytes"]) / way.estimate["temp_bytes"]
-            for way in ways
-            if way.record is not None and way.estimate["temp_bytes"]
-        ]
-        return cls(statistics.median(ratios)) if ratios else cls()
+        """What these show."""
+        seen: dict[Any, list[float]] = {}
+        for way in ways:
+            if way.record is not None and way.estimate["temp_bytes"]:
+                temp = way.record["peak_bytes"] - way.estimate["state_bytes"]
+                seen.setdefault(way.remat, []).append(temp / way.estimate["temp_bytes"])
+        if not seen:
+            return cls()
+        by_remat = {remat: statistics.median(ratios) for remat, ratios in seen.items()}
+        return cls(statistics.median(itertools.chain(*seen.values())), by_remat)
 
     def peak_bytes(self, way: Way) -> float:
         """A way's memory, by its plan or by the estimate and this."""
         if way.record is not None:
             return way.record["peak_bytes"]
-        return way.estimate["state_bytes"] + self.temp * way.estimate["temp_bytes"]
+        times = self.temp_by_remat.get(way.remat, self.temp)
+        return way.estimate["state_bytes"] + times * way.estimate["temp_bytes"]
 
     def fits(self, way: Way) -> bool:
         """Whether a way fits; it does where memory is not known."""

@@ -31,8 +31,13 @@ def as_text(ways: Sequence[Way], left_out: Sequence[Mapping[str, Any]]) -> str:
     ]
     lines = table(rows, None, right=(0, 3, 4, 6, 7, 8, 9))
     lines += ["", *_LEGEND]
-    if correction.temp != 1.0:
-        lines.append(f"estimated peaks: temporaries × {correction.temp:.2f}, as the compiled show")
+    if correction.temp_by_remat:
+        times = f"{correction.temp:.2f}"
+        if len(correction.temp_by_remat) > 1:
+            seen = correction.temp_by_remat.items()
+            named = ", ".join(f"{_SHORT.get(name, name)} {value:.2f}" for name, value in seen)
+            times = f"{times} (remat {named})"
+        lines.append(f"estimated temporaries were multiplied by what the compiled show: {times}")
     if len(order) > len(shown):
         lines.append(f"{len(order) - len(shown)} more ways are slower or do not fit (--json)")
     lines += [_left_out_line(entry) for entry in left_out]
@@ -106,6 +111,7 @@ def as_record(
         "schema": contract.SCHEMA,
         "interrupted": interrupted,
         "temp_correction": correction.temp,
+        "temp_correction_by_remat": {str(k): v for k, v in correction.temp_by_remat.items()},
         "rows": [_record(way, correction) for way in ranked(ways)],
         "left_out": list(left_out),
     }

@@ -57,6 +57,8 @@ def search(config: LoadedConfig, cluster: LoadedConfig, flags: Mapping[str, str]
     if not ways:
         reasons = "; ".join(entry["reason"] for entry in found["left_out"])
         raise ConfigError("", f"no way to run this step on {question.place}: {reasons}")
+    for remark in found.get("remarks", ()):
+        _say(f"warning: {remark[:500]}")
     _say(f"{len(ways)} ways are estimated; compiling up to {most}, {parallel} at a time")
     interrupted = _Compilation(base, ways, most).run(parallel)
     if interrupted:

@@ -96,6 +96,11 @@ def test_estimates_are_corrected_by_what_was_compiled():
     assert not correction.fits(way(8, 1.0))
     assert correction.fits(seen[0])
     assert Correction.of([way(1, 1.0)]).temp == 1
+    # What one remat policy shows is not taken for another's, where that one has shown something.
+    seen.append(compiled(way(2, 1.0, model__remat="full"), 1))
+    correction = Correction.of(seen)
+    assert correction.peak_bytes(way(4, 1.0, model__remat="full")) == 3 * GIB
+    assert correction.peak_bytes(way(4, 1.0)) == 9 * GIB
 
 
 def test_where_no_memory_is_known_all_fits_and_the_smallest_is_first():

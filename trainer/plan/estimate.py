@@ -68,6 +68,9 @@ class Trace(NamedTuple):
     flops: float
 
 
+NOTHING = Trace(Arrays(0.0, 0.0), Arrays(0.0, 0.0), 0.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """Figures of a device, named as in a plan's record."""
@@ -164,14 +167,14 @@ def _kept(forward: Any) -> list[Any]:
     again as part of what uses them.
     """
     made_by = {out: equation for equation in forward.eqns for out in equation.outvars}
-    wanted = {out for out in forward.outvars if out in made_by}
+    wanted = {out for out in forward.outvars if not _is_literal(out) and out in made_by}
     kept: dict[Any, None] = {}
     there = {*forward.invars, *forward.constvars}
 
     def roots(variable: Any, least: int, found: dict[Any, None]) -> None:
         """What is not there and cannot be computed element by element from what is."""
-        if hasattr(variable, "val") or variable in there or variable in kept:
-            return  # A literal, or at hand.
+        if _is_literal(variable) or variable in there or variable in kept:
+            return  # At hand.
         if variable.aval.size < least:
             return  # No more than the sums of rows.
         equation = made_by[variable]
@@ -189,6 +192,10 @@ def _kept(forward: Any) -> list[Any]:
                 cheaper = sum(_bytes(root.aval) for root in found) <= _bytes(out.aval)
                 kept.update(found if cheaper else {out: None})
     return [variable.aval for variable in kept]
+
+
+def _is_literal(variable: Any) -> bool:
+    return hasattr(variable, "val")
 
 
 def _bytes(aval: Any) -> float:
@@ -213,7 +220,7 @@ def _equations(jaxpr: Any, times: float = 1.0) -> Iterator[tuple[Any, float]]:
     for equation in jaxpr.eqns:
         yield equation, times
         repeated = times * equation.params.get("length", 1) if _is_scan(equation) else times
-        for inner in _inner(equation):
+        for inner in () if equation.primitive.name == "pallas_call" else _inner(equation):
             yield from _equations(inner, repeated)
 
 
@@ -238,7 +245,9 @@ def _made(jaxpr: Any) -> Iterator[Any]:
 
 
 def _flops(equation: Any) -> float:
-    """Of a matmul or convolution, two for each product."""
+    """Of a matmul or convolution, two for each product; of a kernel what it says of itself."""
+    if equation.primitive.name == "pallas_call":
+        return float(getattr(equation.params.get("cost_estimate"), "flops", 0.0))
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         left = equation.invars[0].aval.shape

@@ -94,10 +94,16 @@ class _Search:
             for policy in remat
         }
         self._traces: dict[str | None, Any] = {}
+        self._remarks: list[str] = []
 
     def record(self) -> dict[str, Any]:
         """All of it, as JSON."""
-        return {"schema": SCHEMA, "rows": self._rows, "left_out": list(self._left_out.values())}
+        return {
+            "schema": SCHEMA,
+            "rows": self._rows,
+            "left_out": list(self._left_out.values()),
+            "remarks": list(dict.fromkeys(self._remarks)),
+        }
 
     def go_through(self, cluster: Cluster) -> None:
         """Estimate all ways on a cluster."""
@@ -137,13 +143,18 @@ class _Search:
     def _row(
         self, way: Candidate, spec: TrainSpec, prepared: Any, cluster: Cluster, chip: Any
     ) -> dict[str, Any]:
-        from trainer.plan.estimate import estimate, trace
+        from trainer.plan.estimate import NOTHING, estimate, trace
 
         task = self._tasks[way.remat]
         if way.remat not in self._traces:
             # The layout holds the model, and with it what the model keeps.
             own = self._lay_out(spec, task).prepared.layout
-            self._traces[way.remat] = trace(task, own)
+            try:
+                self._traces[way.remat] = trace(task, own)
+            except Exception as error:  # A loss that does not go with one example on one device.
+                what = " ".join(f"{type(error).__name__}: {error}".split())
+                self._remarks.append(f"activations and products are not estimated: {what}")
+                self._traces[way.remat] = NOTHING
         found = estimate(spec, task, prepared, self._traces[way.remat], chip)
         return {
             "accelerator": cluster.accelerator,
