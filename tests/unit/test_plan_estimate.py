@@ -13,8 +13,9 @@ from launch.topology import CHIPS
 from tests.testing import tiny
 from trainer.mesh import abstract_mesh
 from trainer.plan.candidates import candidates, meshes
-from trainer.plan.estimate import estimate, split_lengths, trace
+from trainer.plan.estimate import estimate
 from trainer.plan.search import remat_policies
+from trainer.plan.trace import split_lengths, trace
 from trainer.prepare import prepare
 from trainer.task import load_task
 

@@ -1,8 +1,8 @@
 """What a step will about take on each device, without compiling it.
 
-The state is that of the layout, exactly. Activations are
-the residuals that JAX's autodiff keeps of the task's loss under the model's own remat, traced for
-one and for two examples on one device. An array one of whose dims is as long as one that `tensor`
+The state is that of the layout, exactly. Activations are the residuals that JAX's autodiff keeps of
+the task's loss under the model's own remat, traced for one and for two examples on one device. An
+array one of whose dims is as long as one that `tensor`
 splits in some parameter counts as split itself. Then, of a microbatch of `b` examples a device:
 
     temporaries = b * kept                      what the forward pass keeps for the backward
@@ -17,58 +17,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from flax import nnx
 
 from launch.spec import BATCH_AXES, TrainSpec
 from launch.topology import Chip
 from trainer.ledger import array_bytes
 from trainer.plan.bound import bounds, largest, peaks_of
+from trainer.plan.trace import Trace
 from trainer.prepare import Prepared
 from trainer.sharding import as_tuple
 from trainer.state import StateLayout
-from trainer.step import as_loss
 from trainer.task import Task
 
-_ROW = 64  # Elements that make up a row, at the least.
-_CALLS = ("pjit", "jit", "custom_jvp_call", "closed_call", "core_call")
-_NOT_POINTWISE = (
-    *("dot_general", "conv_general_dilated", "gather", "scatter", "scatter-add", "sort"),
-    *("cumsum", "cumprod", "cummax", "custom_call", "ragged_dot", "fft", "while"),
-)
 _BUFFERED = 2  # Layers' weights at a time: one in use, the next on its way.
-
-
-class Arrays(NamedTuple):
-    """Bytes of some arrays, by whether `tensor` splits them."""
-
-    split: float
-    whole: float
-
-    def over(self, tensor: int) -> float:
-        """On each of so many devices."""
-        return self.split / tensor + self.whole
-
-
-class Trace(NamedTuple):
-    """What the loss of one example takes, forward and backward, on one device.
-
-    Attributes:
-      kept: from the forward pass for the backward.
-      widest: the largest array, once.
-      flops: of matmuls and convolutions, with what is computed again.
-    """
-
-    kept: Arrays
-    widest: Arrays
-    flops: float
-
-
-NOTHING = Trace(Arrays(0.0, 0.0), Arrays(0.0, 0.0), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,184 +47,6 @@ class Estimate:
     bounds: Mapping[str, float | None]
     step_seconds_bound: float | None
     bound_by: str
-
-
-def trace(task: Task, layout: StateLayout) -> Trace:
-    """Trace a task's loss and its gradient. Its model says what it keeps and computes again."""
-    lengths = split_lengths(layout)
-    one, two = (_traced(task, layout, lengths, number) for number in (1, 2))
-    # What does not grow with the batch is made of the weights, and counted with them.
-    kept = Arrays(two.kept.split - one.kept.split, two.kept.whole - one.kept.whole)
-    widest = max(two.widest, key=sum)
-    return Trace(kept, Arrays(widest.split / 2, widest.whole / 2), two.flops - one.flops)
-
-
-class _Traced(NamedTuple):
-    kept: Arrays
-    widest: list[Arrays]
-    flops: float
-
-
-def _traced(task: Task, layout: StateLayout, lengths: frozenset[int], number: int) -> _Traced:
-    """The same for `number` examples, and with what does not depend on them."""
-    model, optimizer = layout.merge(layout.abstract)
-    model.train()
-    graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
-    batch = {
-        name: jax.ShapeDtypeStruct((number, *one.shape), one.dtype)
-        for name, one in task.example_spec().items()
-    }
-
-    def pull_back(params: Any, rest: Any, batch: Any) -> Any:
-        def loss(params: Any) -> jax.Array:
-            model = nnx.merge(graphdef, params, rest, copy=True)
-            return as_loss(task, task.loss(model, batch), batch).total
-
-        return jax.vjp(loss, params)[1]
-
-    def gradient(params: Any, rest: Any, batch: Any) -> Any:
-        return pull_back(params, rest, batch)(np.float32(1.0))
-
-    forward = jax.make_jaxpr(pull_back)(params, rest, batch).jaxpr
-    whole = jax.make_jaxpr(gradient)(params, rest, batch).jaxpr
-    return _Traced(
-        _sum(_kept(forward), lengths),
-        [_sum([aval], lengths) for aval in _made(whole)],
-        sum(times * _flops(equation) for equation, times in _equations(whole)),
-    )
-
-
-def split_lengths(layout: StateLayout) -> frozenset[int]:
-    """Lengths of dims that `tensor` splits, and their products: activations have these merged.
-
-    The layout's mesh need not have a `tensor` axis of more than one device: the rules count.
-    """
-    found: set[int] = set()
-    for name, leaf in zip(layout.names, layout.abstract, strict=True):
-        if name not in layout.params:
-            continue
-        entries = [as_tuple(entry) for entry in leaf.sharding.spec]
-        for dim, axes in enumerate(entries):
-            if "tensor" in axes:
-                found.add(leaf.shape[dim])
-                if dim + 1 < len(leaf.shape) and not (dim + 1 < len(entries) and entries[dim + 1]):
-                    found.add(leaf.shape[dim] * leaf.shape[dim + 1])
-    return frozenset(found - {1})
-
-
-def _sum(avals: Iterable[Any], lengths: frozenset[int]) -> Arrays:
-    split = whole = 0.0
-    for aval in avals:
-        size = _bytes(aval)
-        if size and lengths.intersection(aval.shape):
-            split += size
-        else:
-            whole += size
-    return Arrays(split, whole)
-
-
-def _kept(forward: Any) -> list[Any]:
-    """What XLA has to keep to have the residuals that a forward pass returns.
-
-    Not arguments; and of several arrays that follow, element by element, from the same product
-    (logits, their exponentials and a mask of them) that product alone: the others are computed
-    again as part of what uses them.
-    """
-    made_by = {out: equation for equation in forward.eqns for out in equation.outvars}
-    wanted = {out for out in forward.outvars if not _is_literal(out) and out in made_by}
-    kept: dict[Any, None] = {}
-    there = {*forward.invars, *forward.constvars}
-
-    def roots(variable: Any, least: int, found: dict[Any, None]) -> None:
-        """What is not there and cannot be computed element by element from what is."""
-        if _is_literal(variable) or variable in there or variable in kept:
-            return  # At hand.
-        if variable.aval.size < least:
-            return  # No more than the sums of rows.
-        equation = made_by[variable]
-        if not _is_pointwise(equation):
-            found[variable] = None
-            return
-        for operand in equation.invars:
-            roots(operand, least, found)
-
-    for equation in forward.eqns:
-        for out in equation.outvars:
-            if out in wanted:
-                found: dict[Any, None] = {}
-                roots(out, out.aval.size // _ROW, found)
-                cheaper = sum(_bytes(root.aval) for root in found) <= _bytes(out.aval)
-                kept.update(found if cheaper else {out: None})
-    return [variable.aval for variable in kept]
-
-
-def _is_literal(variable: Any) -> bool:
-    return hasattr(variable, "val")
-
-
-def _bytes(aval: Any) -> float:
-    if not hasattr(aval, "dtype") or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
-        return 0.0
-    return float(math.prod(aval.shape) * aval.dtype.itemsize)
-
-
-def _is_pointwise(equation: Any) -> bool:
-    """Whether what an equation makes can be computed element by element, where it is used."""
-    inner = list(_inner(equation))
-    if inner:
-        called = equation.primitive.name in _CALLS
-        return called and all(_is_pointwise(one) for jaxpr in inner for one in jaxpr.eqns)
-    most = max((math.prod(one.aval.shape) for one in equation.invars), default=0)
-    makes = math.prod(equation.outvars[0].aval.shape)
-    return makes >= most and equation.primitive.name not in _NOT_POINTWISE
-
-
-def _equations(jaxpr: Any, times: float = 1.0) -> Iterator[tuple[Any, float]]:
-    """The equations of a jaxpr and of those inside of it, and how often each runs."""
-    for equation in jaxpr.eqns:
-        yield equation, times
-        repeated = times * equation.params.get("length", 1) if _is_scan(equation) else times
-        for inner in () if equation.primitive.name == "pallas_call" else _inner(equation):
-            yield from _equations(inner, repeated)
-
-
-def _is_scan(equation: Any) -> bool:
-    return equation.primitive.name == "scan"
-
-
-def _inner(equation: Any) -> Iterator[Any]:
-    """The jaxprs in an equation's parameters."""
-    for value in equation.params.values():
-        for one in value if isinstance(value, (tuple, list)) else (value,):
-            jaxpr = getattr(one, "jaxpr", one)
-            if hasattr(jaxpr, "eqns"):
-                yield jaxpr
-
-
-def _made(jaxpr: Any) -> Iterator[Any]:
-    """What equations make; of a scan, what is inside of it: what it stacks is kept, and counted."""
-    for equation, _ in _equations(jaxpr):
-        if not _is_scan(equation):
-            yield from (out.aval for out in equation.outvars)
-
-
-def _flops(equation: Any) -> float:
-    """Of a matmul or convolution, two for each product; of a kernel what it says of itself."""
-    if equation.primitive.name == "pallas_call":
-        return float(getattr(equation.params.get("cost_estimate"), "flops", 0.0))
-    if equation.primitive.name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return (
-            2.0
-            * math.prod(equation.outvars[0].aval.shape)
-            * math.prod(left[dim] for dim in contracted)
-        )
-    if equation.primitive.name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
-        out_dim = equation.params["dimension_numbers"].rhs_spec[0]
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / kernel[out_dim]
-    return 0.0
 
 
 def estimate(

@@ -147,14 +147,14 @@ def _fits(compiled: Compiled, target: Target) -> bool | None:
         return compiled.fits
     if target.chip is None:
         return None
-    return compiled.memory.peak <= target.chip.hbm_bytes
+    return compiled.peak <= target.chip.hbm_bytes
 
 
 def _memory_record(compiled: Compiled, target: Target) -> dict[str, Any]:
     memory, chip = compiled.memory, target.chip
     usable = compiled.usable_bytes or (chip.usable_hbm_bytes if chip else None)
     return {
-        "peak_bytes": memory.peak,
+        "peak_bytes": compiled.peak,
         "hbm_bytes": chip.hbm_bytes if chip else None,
         "usable_hbm_bytes": usable,
         "argument_bytes": memory.argument,

@@ -143,7 +143,8 @@ class _Search:
     def _row(
         self, way: Candidate, spec: TrainSpec, prepared: Any, cluster: Cluster, chip: Any
     ) -> dict[str, Any]:
-        from trainer.plan.estimate import NOTHING, estimate, trace
+        from trainer.plan.estimate import estimate
+        from trainer.plan.trace import NOTHING, trace
 
         task = self._tasks[way.remat]
         if way.remat not in self._traces:
