@@ -48,6 +48,7 @@ def search(config: LoadedConfig, cluster: LoadedConfig, flags: Mapping[str, str]
     wanted = _lists(flags)
     base = _Base.of(config, cluster)
     question = Question(base.words, base.config, cluster_spec(cluster.config))
+    _say(f"estimating the ways to run this step on {question.place}")
     try:
         found = planner.estimates(question, wanted)
     except PlannerError as error:

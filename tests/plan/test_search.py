@@ -22,7 +22,13 @@ class Searcher:
 
     def __init__(self, folder: Path):
         self.files = Files(folder)
-        self._env = {**environment(), "MUSTER_CACHE_DIR": str(folder / "cache")}
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        self._env = {
+            **environment(),
+            "MUSTER_CACHE_DIR": str(folder / "cache"),
+            "TMPDIR": str(self.temporary),
+        }
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         config = f"--config={ROOT}/tests/testing/wide.py"
@@ -88,6 +94,7 @@ def test_ctrl_c_leaves_nothing_running_and_shows_what_there_is(searcher):
     assert process.returncode == contract.EXIT_RESUMABLE, err
     assert "interrupted; the same command goes on where it was" in err
     assert "(estimated)" in out
+    assert "(compiled)" not in out  # They were not waited for.
     assert "what gives each row" in out
     assert [pid for pid in planners if os.path.exists(f"/proc/{pid}")] == []
 
@@ -104,6 +111,7 @@ def test_a_killed_search_takes_its_compilations_along(searcher):
     process.kill()
     process.communicate(timeout=TIMEOUT_SECONDS)
     wait_until(lambda: not os.path.exists(f"/proc/{planners[0]}"), "the compilation to end")
+    assert list(searcher.temporary.rglob("plan.json")) == []  # It was not left to finish.
 
 
 def children_of(pid: int, module: str) -> list[int]:

@@ -88,6 +88,8 @@ def test_the_state_is_exact_and_memory_falls_with_microbatches_and_sharding():
     # Gathered twice and scattered once, to an all-reduce: half as much again.
     assert split.link_bytes["ici"] == pytest.approx(1.5 * base.link_bytes["ici"], rel=0.05)
     assert cut.link_bytes["ici"] == pytest.approx(4 * base.link_bytes["ici"])
+    both = figures(mesh={"data": 1, "fsdp": 4}, num_microbatches=4)
+    assert both.link_bytes["ici"] == pytest.approx(4 * split.link_bytes["ici"])
     assert figures(mesh={"data": 2, "dcn_data": 2}).link_bytes["dcn"] > 0
 
 

@@ -83,15 +83,18 @@ def test_an_override_asks_for_another_plan(files, capsys, monkeypatch):
     assert files.asked() == ""
 
 
-@pytest.mark.parametrize("why", ["no libtpu", "planner fails", "told to skip"])
+@pytest.mark.parametrize("why", ["no libtpu", "planner fails", "no data", "told to skip"])
 def test_without_a_plan_the_run_goes_on_and_says_why(why, files, capsys, monkeypatch):
     cache.keep(plan_of(files), record(fits=False), "the report")
     words = files.run()
     if why == "no libtpu":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    elif why == "planner fails":
+    elif why != "told to skip":
         (cache.folder() / f"{plan_of(files)}.json").unlink()
-        monkeypatch.setattr(planner, "ask", lambda *_: Done((), -9, "", "one\nthe last line\n"))
+        done = Done((), -9, "", "one\nthe last line\n")
+        if why == "no data":
+            done = Done((), 2, "", "error: config.data.path='x': is not there\n")
+        monkeypatch.setattr(planner, "ask", lambda *_: done)
     else:
         words.append("--skip_plan")
     assert main(words) == contract.EXIT_CONFIG
@@ -102,6 +105,7 @@ def test_without_a_plan_the_run_goes_on_and_says_why(why, files, capsys, monkeyp
     told = {
         "no libtpu": "warning: not planned: libtpu, which compiles for TPUs on a machine without",
         "planner fails": "warning: not planned: the planner was killed: the last line",
+        "no data": "warning: not planned: config.data.path='x': is not there",
     }
     assert told.get(why, "") in err
     assert ("muster[plan]" in err) == (why == "no libtpu")
