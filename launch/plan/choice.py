@@ -16,7 +16,7 @@ SEARCHED = (
 )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Way:
     """A way to run the step.
 
@@ -117,7 +117,7 @@ def next_way(ways: Sequence[Way], busy: Sequence[Way]) -> Way | None:
     """What to compile next; None if nothing can be learned any more.
 
     That is the quickest of those that are estimated to fit, one of a family at a time; where none
-    is, the smallest.
+    is, the smallest. Types of accelerators take turns.
 
     Args:
       ways: all of them.
@@ -140,7 +140,15 @@ def next_way(ways: Sequence[Way], busy: Sequence[Way]) -> Way | None:
         and way.family not in taken
         and _estimated_peak(way) < least.get(way.family, math.inf)
     ]
-    return min(open_ways, key=lambda way: _order(way, correction), default=None)
+    turns: dict[str | None, int] = {}
+    for way in ways:
+        if way in busy or way.record is not None or way.error is not None:
+            turns[way.accelerator] = turns.get(way.accelerator, 0) + 1
+
+    def place(way: Way) -> tuple[Any, ...]:
+        return (turns.get(way.accelerator, 0), *_order(way, correction))
+
+    return min(open_ways, key=place, default=None)
 
 
 def ranked(ways: Sequence[Way]) -> list[Way]:
@@ -159,9 +167,10 @@ def _order(way: Way, correction: Correction) -> tuple[Any, ...]:
 
 
 def _unhidden(way: Way) -> float:
-    """Seconds of a step if nothing were hidden behind anything: tells apart what a bound does
+    """Seconds per token if nothing were hidden behind anything: tells apart what a bound does
     not."""
-    return sum(seconds for seconds in way.figures["bounds"].values() if seconds is not None)
+    parts = way.figures["bounds"].values()
+    return sum(seconds for seconds in parts if seconds is not None) / way.tokens
 
 
 def _estimated_peak(way: Way) -> float:

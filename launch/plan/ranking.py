@@ -23,11 +23,11 @@ def as_text(ways: Sequence[Way], left_out: Sequence[Mapping[str, Any]]) -> str:
     """The table, and the overrides of every row of it."""
     order = ranked(ways)
     correction = Correction.of(ways)
-    shown = order[:_MOST_ROWS]
-    shown += [way for way in order[_MOST_ROWS:] if way.record is not None]
+    shown = _worth_showing(order)
+    apart = not_alike(ways)
     rows = [
         _HEADS,
-        *(_row(number, way, correction) for number, way in enumerate(shown, 1)),
+        *(_row(number, way, correction, apart) for number, way in enumerate(shown, 1)),
     ]
     lines = table(rows, None, right=(0, 3, 4, 6, 7, 8, 9))
     lines += ["", *_LEGEND]
@@ -39,7 +39,8 @@ def as_text(ways: Sequence[Way], left_out: Sequence[Mapping[str, Any]]) -> str:
             times = f"{times} (remat {named})"
         lines.append(f"estimated temporaries were multiplied by what the compiled show: {times}")
     if len(order) > len(shown):
-        lines.append(f"{len(order) - len(shown)} more ways are slower or do not fit (--json)")
+        rest = len(order) - len(shown)
+        lines.append(f"{rest} more ways are slower, do not fit, or are like one of these (--json)")
     lines += [_left_out_line(entry) for entry in left_out]
     lines += [f"could not be compiled: {way.error}" for way in ways if way.error]
     lines += ["", "what gives each row, besides what you have given:"]
@@ -55,7 +56,31 @@ def _left_out_line(entry: Mapping[str, Any]) -> str:
     return f"left out: {count} mesh{'es' * (count > 1)}: {entry['reason']}"
 
 
-def _row(number: int, way: Way, correction: Correction) -> tuple[str, ...]:
+def _worth_showing(order: Sequence[Way]) -> list[Way]:
+    """What was compiled, and the best of each family up to a number of rows."""
+    compiled = {way.family for way in order if way.record is not None}
+    shown: list[Way] = []
+    seen: set[Any] = set(compiled)
+    for way in order:
+        if way.record is not None:
+            shown.append(way)
+        elif way.family not in seen and len(shown) < _MOST_ROWS:
+            shown.append(way)
+            seen.add(way.family)
+    return shown
+
+
+def not_alike(ways: Sequence[Way]) -> frozenset[str]:
+    """Which of `accelerator` and `batch` tell these ways apart."""
+    apart = set()
+    if len({way.accelerator for way in ways}) > 1:
+        apart.add("accelerator")
+    if len({way.fields["global_batch_size"] for way in ways}) > 1:
+        apart.add("batch")
+    return frozenset(apart)
+
+
+def _row(number: int, way: Way, correction: Correction, apart: frozenset[str]) -> tuple[str, ...]:
     figures = way.figures
     compiled = way.record is not None
     seconds, usable = figures["step_seconds_bound"], way.usable_bytes
@@ -66,7 +91,7 @@ def _row(number: int, way: Way, correction: Correction) -> tuple[str, ...]:
     known = usable is not None
     return (
         str(number),
-        describe(way) + (" (compiled)" if compiled else " (estimated)"),
+        describe(way, apart) + (" (compiled)" if compiled else " (estimated)"),
         (fits if compiled else f"{fits}?") if known else "?",
         short_seconds(seconds),
         "?" if not seconds else f"{way.tokens / seconds:,.0f}",
@@ -78,8 +103,8 @@ def _row(number: int, way: Way, correction: Correction) -> tuple[str, ...]:
     )
 
 
-def describe(way: Way) -> str:
-    """A way in few words."""
+def describe(way: Way, apart: frozenset[str]) -> str:
+    """A way in few words; `apart` as `not_alike` has it."""
     fields = way.fields
     sizes = [
         f"{name}={fields[f'mesh.{name}']}"
@@ -87,15 +112,16 @@ def describe(way: Way) -> str:
         if fields[f"mesh.{name}"] > 1
     ]
     parts = [" ".join(sizes) or "one device"]
-    if way.accelerator is not None:
-        parts.insert(0, way.accelerator)
+    if "accelerator" in apart:
+        parts.insert(0, str(way.accelerator))
     if "model.remat" in fields:
         parts.append(f"remat {_SHORT.get(fields['model.remat'], fields['model.remat'])}")
     if fields["num_microbatches"] > 1:
         parts.append(f"{fields['num_microbatches']} microbatches")
     if fields["sharding.optimizer_axes"]:
         parts.append(f"optimizer over {'+'.join(fields['sharding.optimizer_axes'])}")
-    parts.append(f"batch {fields['global_batch_size']}")
+    if "batch" in apart:
+        parts.append(f"batch {fields['global_batch_size']}")
     return ", ".join(parts)
 
 

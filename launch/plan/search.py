@@ -17,7 +17,7 @@ from launch import contract
 from launch.plan import cache, planner
 from launch.plan.choice import SEARCHED, Correction, Way, next_way, overrides
 from launch.plan.planner import PlannerError, Question
-from launch.plan.ranking import as_record, as_text, describe
+from launch.plan.ranking import as_record, as_text, describe, not_alike
 from launch.plan.text import one_line
 from launch.spec import (
     ConfigError,
@@ -164,6 +164,7 @@ class _Compilation:
     def __init__(self, base: _Base, ways: Sequence[Way], most: int):
         self._base = base
         self._ways = ways
+        self._apart = not_alike(ways)
         self._most = most
         self._started = self._done = 0
         self._busy: list[Way] = []
@@ -214,7 +215,7 @@ class _Compilation:
             return way
 
     def _compile(self, way: Way) -> None:
-        began = time.monotonic()
+        began, name = time.monotonic(), describe(way, self._apart)
         with self._lock:  # Loading a config file is not for two threads at a time.
             question = self._base.question(way)
             found = cache.find(question.key)
@@ -224,14 +225,14 @@ class _Compilation:
             if self._over.is_set():
                 return
             why = error.short if isinstance(error, PlannerError) else str(error)
-            way.error = f"{describe(way)}: {why}"
-            self._tell(way, way.error)
+            way.error = f"{name}: {why}"
+            self._tell(way.error)
             return
         way.record = found.record
         how = "planned before" if found.cached else duration(time.monotonic() - began)
-        self._tell(way, f"{describe(way)}: {one_line(found.record)} ({how})")
+        self._tell(f"{name}: {one_line(found.record)} ({how})")
 
-    def _tell(self, way: Way, text: str) -> None:
+    def _tell(self, text: str) -> None:
         with self._lock:
             self._done += 1
             _say(f"[{self._done}/{self._most}] {text}")

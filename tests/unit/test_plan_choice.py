@@ -63,6 +63,11 @@ def test_steps_of_other_batches_compare_by_the_token():
     small, large = way(2, 1.0), way(2, 1.5, global_batch_size=16)
     large.tokens = 2000
     assert ranked([small, large]) == [large, small]
+    # One that ties is not better for a smaller batch, which hides less in each of its steps.
+    large.estimate["step_seconds_bound"] = 2.0
+    small.estimate["bounds"] = {"compute": 1.0, "ici": 0.5}
+    large.estimate["bounds"] = {"compute": 2.0, "ici": 0.5}
+    assert ranked([small, large]) == [large, small]
 
 
 def test_a_bound_that_ties_is_told_apart_by_what_it_hides_and_by_fewer_microbatches():
@@ -86,6 +91,13 @@ def test_where_one_does_not_fit_only_smaller_ones_of_its_family_are_tried():
     assert next_way([compiled(first, 20), more, less], []) is less
     first.record, first.error = None, "killed"
     assert next_way([first, more, less], []) is less
+
+
+def test_accelerators_take_turns():
+    quick, next_quick, slow = (way(2, 1.0 + n, mesh__fsdp=4 + n) for n in range(3))
+    slow.accelerator = "v5litepod-8"
+    assert next_way([quick, next_quick, slow], [quick]) is slow
+    assert next_way([compiled(quick, 2), next_quick, compiled(slow, 2)], []) is next_quick
 
 
 def test_estimates_are_corrected_by_what_was_compiled():
@@ -119,7 +131,7 @@ def test_the_table_says_what_was_compiled_and_gives_words_to_copy():
     left_out = [{"reason": "config.mesh: does not divide", "meshes": [{}, {}]}]
     text = as_text([too_large, worse, best], left_out)
     _, first, second, third, *rest = text.splitlines()
-    assert "remat none, batch 8 (compiled)" in first
+    assert "fsdp=4, remat none (compiled)" in first
     assert first.split()[-11:-2] == [
         "yes",
         "1",
@@ -131,7 +143,7 @@ def test_the_table_says_what_was_compiled_and_gives_words_to_copy():
         "11.0",
         "GiB",
     ]
-    assert "2 microbatches, batch 8 (estimated)" in second
+    assert "2 microbatches (estimated)" in second
     assert "yes?" in second
     assert " no " in third
     assert "-5.0 GiB" in third
@@ -143,6 +155,27 @@ def test_the_table_says_what_was_compiled_and_gives_words_to_copy():
     assert [(row["compiled"], row["fits"]) for row in found["rows"]] == [
         (True, True), (False, True), (True, False)]  # fmt: skip
     assert found["rows"][0]["overrides"] == list(best.overrides)
+
+
+def test_the_table_shows_one_of_a_family_and_all_that_was_compiled():
+    ways = [way(2, 1.0, num_microbatches=n) for n in (1, 2, 4)]
+    others = [way(2, 2.0 + n, mesh__fsdp=n) for n in range(5, 25)]
+    last = compiled(way(1, 100.0, mesh__fsdp=30, num_microbatches=2), 1)
+    sibling = way(1, 90.0, mesh__fsdp=30)
+    text = as_text([*ways, *others, last, sibling], [])
+    rows = text.split("\n\n")[0].splitlines()[1:]
+    assert len(rows) == 13
+    assert sum("fsdp=4," in row for row in rows) == 1
+    assert "fsdp=30" in rows[-1]
+    assert "12 more ways" in text
+
+
+def test_what_tells_ways_apart_is_named():
+    a, b = way(2, 1.0), way(2, 2.0, global_batch_size=16)
+    b.accelerator = "v6e-4"
+    text = as_text([a, b], [])
+    assert "v5litepod-4, fsdp=4, remat none, batch 8 (estimated)" in text
+    assert "v6e-4, fsdp=4, remat none, batch 16 (estimated)" in text
 
 
 OWN = {
