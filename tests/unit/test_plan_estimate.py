@@ -54,8 +54,7 @@ def test_remat_keeps_less():
     policies = ("none", "dots_with_no_batch_dims_saveable", "full")
     none, dots, full = (sum(traced(policy).kept) for policy in policies)
     assert full < dots < none
-    # Of each layer its input, which `tensor` does not split; D and the width of all heads are
-    # alike here, so that it counts as split.
+    # Of each layer its input, and around the layers the logits and little else.
     inputs = LAYERS * L * D * 4
     head_and_loss = 3 * L * V * 4 + 8 * L * D * 4
     assert inputs < full < inputs + head_and_loss
@@ -63,7 +62,9 @@ def test_remat_keeps_less():
 
 def test_what_tensor_splits_is_known_by_its_length():
     _, _, ready = prepared()
-    assert {F, V, QH, 4, 2} <= split_lengths(ready.layout)
+    lengths = split_lengths(ready.layout)
+    assert {F, V, KH, 4} <= lengths  # 4 heads.
+    assert D not in lengths  # It is QH as well, but then either.
     config = tiny.get_config("witness")
     spec = train_spec(config, 4)
     task = load_task(spec.task, spec.model, spec.data)

@@ -10,8 +10,12 @@ from typing import Any
 
 from launch.spec import MeshSpec, TrainSpec
 
-# What a layer keeps for its backward pass, from all to nothing; names of TransformerConfig.remat.
-REMAT = ("none", "dots_with_no_batch_dims_saveable", "full")
+# What a layer keeps for its backward pass, from all to nothing: names of TransformerConfig.remat.
+# A policy that the task does not know is passed over.
+REMAT = (
+    *("none", "keep_all_but_mlp", "keep_qkv", "keep_attention"),
+    *("dots_with_no_batch_dims_saveable", "full"),
+)
 OPTIMIZER_AXES = ((), ("data",))
 _MOST_MICROBATCHES = 64
 

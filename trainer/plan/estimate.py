@@ -1,9 +1,9 @@
 """What a step will about take on each device, without compiling it.
 
 The state is that of the layout, exactly. Activations are the residuals that JAX's autodiff keeps of
-the task's loss under the model's own remat, traced for one and for two examples on one device. An
-array one of whose dims is as long as one that `tensor`
-splits in some parameter counts as split itself. Then, of a microbatch of `b` examples a device:
+the task's loss under the model's own remat, traced for a few examples on one device. An array one
+of whose dims is as long as one that `tensor` splits in some parameter counts as split itself. Then,
+of a microbatch of `b` examples a device:
 
     temporaries = b * kept                      what the forward pass keeps for the backward
                 + b * widest                    the largest array of an example, and its gradient

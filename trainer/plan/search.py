@@ -19,7 +19,16 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from launch.contract import SCHEMA
-from launch.spec import Cluster, ConfigError, TrainSpec, cluster_spec, load_config, train_spec
+from launch.spec import (
+    AXES,
+    Cluster,
+    ConfigError,
+    MeshSpec,
+    TrainSpec,
+    cluster_spec,
+    load_config,
+    train_spec,
+)
 from trainer.command_line import parse_flags
 from trainer.exit import run_main
 from trainer.plan.candidates import REMAT, Candidate, candidates, meshes
@@ -81,18 +90,20 @@ class _Search:
         from trainer.task import load_task
 
         self._spec = spec
-        self._remat = remat
+        self._remat: list[str | None] = []
         self._device_batches = device_batches
         self._rows: list[dict[str, Any]] = []
         self._left_out: dict[str, dict[str, Any]] = {}
-        self._tasks = {
-            policy: load_task(
-                spec.task,
-                spec.model if policy is None else {**spec.model, "remat": policy},
-                spec.data,
-            )
-            for policy in remat
-        }
+        self._tasks: dict[str | None, Any] = {}
+        for policy in remat:
+            model = spec.model if policy is None else {**spec.model, "remat": policy}
+            try:
+                self._tasks[policy] = load_task(spec.task, model, spec.data)
+            except ConfigError:
+                if policy == spec.model.get("remat"):
+                    raise
+                continue  # Another model's policy.
+            self._remat.append(policy)
         self._traces: dict[str | None, Any] = {}
         self._remarks: list[str] = []
 
@@ -129,7 +140,7 @@ class _Search:
                 if error:
                     self._leave_out(f"{error.field or 'config'}: {_first_words(error)}", mesh)
                     continue
-                self._rows.append(self._row(way, spec, prepared, cluster, target.chip))
+                self._rows.append(self._row(way, spec, prepared, cluster, target))
 
     def _lay_out(self, spec: TrainSpec, task: Any) -> _Laid:
         from trainer.mesh import abstract_mesh
@@ -141,17 +152,15 @@ class _Search:
             return _Laid(None, error)
 
     def _row(
-        self, way: Candidate, spec: TrainSpec, prepared: Any, cluster: Cluster, chip: Any
+        self, way: Candidate, spec: TrainSpec, prepared: Any, cluster: Cluster, target: Any
     ) -> dict[str, Any]:
         from trainer.plan.estimate import estimate
         from trainer.plan.trace import NOTHING, trace
 
-        task = self._tasks[way.remat]
+        task, chip, devices = self._tasks[way.remat], target.chip, target.devices
         if way.remat not in self._traces:
-            # The layout holds the model, and with it what the model keeps.
-            own = self._lay_out(spec, task).prepared.layout
             try:
-                self._traces[way.remat] = trace(task, own)
+                self._traces[way.remat] = trace(task, self._alone(task, devices[0]))
             except Exception as error:  # A loss that does not go with one example on one device.
                 what = " ".join(f"{type(error).__name__}: {error}".split())
                 self._remarks.append(f"activations and products are not estimated: {what}")
@@ -166,6 +175,18 @@ class _Search:
             "hbm_bytes": chip.hbm_bytes if chip else None,
             "usable_hbm_bytes": chip.usable_hbm_bytes if chip else None,
         }
+
+    def _alone(self, task: Any, device: Any) -> Any:
+        """The layout of the state on one device."""
+        import numpy as np
+        from jax.sharding import AxisType, Mesh
+
+        from trainer.prepare import prepare
+
+        grid = np.asarray([device]).reshape((1,) * len(AXES))
+        mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        spec = dataclasses.replace(self._spec, mesh=MeshSpec(1, 1, 1))
+        return prepare(spec, task, mesh).layout
 
     def _leave_out(self, reason: str, mesh: Any) -> None:
         like = re.sub(r"= \d+", "= N", reason)  # Of axes that differ in their size alone.

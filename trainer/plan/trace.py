@@ -15,6 +15,7 @@ from trainer.state import StateLayout
 from trainer.step import as_loss
 from trainer.task import Task
 
+_FEW, _MORE = 3, 5  # Examples in a trace.
 _ROW = 64  # Elements that make up a row, at the least.
 _CALLS = ("pjit", "jit", "custom_jvp_call", "closed_call", "core_call")
 _NOT_POINTWISE = (
@@ -52,13 +53,21 @@ NOTHING = Trace(Arrays(0.0, 0.0), Arrays(0.0, 0.0), 0.0)
 
 
 def trace(task: Task, layout: StateLayout) -> Trace:
-    """Trace a task's loss and its gradient. Its model says what it keeps and computes again."""
+    """Trace a task's loss and its gradient. Its model says what it keeps and computes again.
+
+    Args:
+      task: the model and its loss.
+      layout: of the state, on one device: whatever splits an array over a mesh is left to XLA or
+        said by the model, and may hide what is kept.
+    """
     lengths = split_lengths(layout)
-    one, two = (_traced(task, layout, lengths, number) for number in (1, 2))
+    # Numbers that do not make an axis of examples as long as one that `tensor` splits.
+    few, more = (_traced(task, layout, lengths, number) for number in (_FEW, _MORE))
     # What does not grow with the batch is made of the weights, and counted with them.
-    kept = Arrays(two.kept.split - one.kept.split, two.kept.whole - one.kept.whole)
-    widest = max(two.widest, key=sum)
-    return Trace(kept, Arrays(widest.split / 2, widest.whole / 2), two.flops - one.flops)
+    times = _MORE - _FEW
+    kept = Arrays(*((b - a) / times for a, b in zip(few.kept, more.kept, strict=True)))
+    widest = Arrays(*(size / _MORE for size in max(more.widest, key=sum)))
+    return Trace(kept, widest, (more.flops - few.flops) / times)
 
 
 class _Traced(NamedTuple):
@@ -87,8 +96,10 @@ def _traced(task: Task, layout: StateLayout, lengths: frozenset[int], number: in
     def gradient(params: Any, rest: Any, batch: Any) -> Any:
         return pull_back(params, rest, batch)(np.float32(1.0))
 
-    forward = jax.make_jaxpr(pull_back)(params, rest, batch).jaxpr
-    whole = jax.make_jaxpr(gradient)(params, rest, batch).jaxpr
+    # As `trainer.step.compile_step` has it.
+    with nnx.use_eager_sharding(False), jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
+        forward = jax.make_jaxpr(pull_back)(params, rest, batch).jaxpr
+        whole = jax.make_jaxpr(gradient)(params, rest, batch).jaxpr
     return _Traced(
         _sum(_kept(forward), lengths),
         [_sum([aval], lengths) for aval in _made(whole)],
@@ -99,19 +110,24 @@ def _traced(task: Task, layout: StateLayout, lengths: frozenset[int], number: in
 def split_lengths(layout: StateLayout) -> frozenset[int]:
     """Lengths of dims that `tensor` splits, and their products: activations have these merged.
 
+    Not those that it leaves whole elsewhere: what is as long as the model is wide may be either.
     The layout's mesh need not have a `tensor` axis of more than one device: the rules count.
     """
-    found: set[int] = set()
+    split: set[int] = set()
+    whole: set[int] = set()
     for name, leaf in zip(layout.names, layout.abstract, strict=True):
         if name not in layout.params:
             continue
         entries = [as_tuple(entry) for entry in leaf.sharding.spec]
+        entries += [()] * (len(leaf.shape) - len(entries))
         for dim, axes in enumerate(entries):
-            if "tensor" in axes:
-                found.add(leaf.shape[dim])
-                if dim + 1 < len(leaf.shape) and not (dim + 1 < len(entries) and entries[dim + 1]):
-                    found.add(leaf.shape[dim] * leaf.shape[dim + 1])
-    return frozenset(found - {1})
+            if "tensor" not in axes:
+                whole.add(leaf.shape[dim])
+                continue
+            split.add(leaf.shape[dim])
+            if dim + 1 < len(leaf.shape) and not entries[dim + 1]:
+                split.add(leaf.shape[dim] * leaf.shape[dim + 1])
+    return frozenset(split - whole - {1})
 
 
 def _sum(avals: Iterable[Any], lengths: frozenset[int]) -> Arrays:
