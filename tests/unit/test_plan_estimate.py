@@ -15,7 +15,7 @@ from trainer.mesh import abstract_mesh
 from trainer.plan.candidates import candidates, meshes
 from trainer.plan.estimate import estimate
 from trainer.plan.search import remat_policies
-from trainer.plan.trace import split_lengths, trace
+from trainer.plan.trace import Amount, trace
 from trainer.prepare import prepare
 from trainer.task import load_task
 
@@ -44,10 +44,10 @@ def test_flops_are_those_of_the_products_with_what_is_computed_again():
     # Forward, and twice as much backward: projections, scores and values of all positions, head.
     layer = 2 * L * D * (2 * QH + 2 * KH + 3 * F) + 4 * L * L * QH
     head = 2 * L * D * V
-    assert traced("none").flops == 3 * (LAYERS * layer + head)
+    assert sum(traced("none").flops) == 3 * (LAYERS * layer + head)
     # All of a layer again but its last product, whose result nobody needs.
     again = LAYERS * (layer - 2 * L * F * D)
-    assert traced("full").flops == pytest.approx(3 * (LAYERS * layer + head) + again)
+    assert sum(traced("full").flops) == pytest.approx(3 * (LAYERS * layer + head) + again)
 
 
 def test_remat_keeps_less():
@@ -60,15 +60,22 @@ def test_remat_keeps_less():
     assert inputs < full < inputs + head_and_loss
 
 
-def test_what_tensor_splits_is_known_by_its_length():
-    _, _, ready = prepared()
-    lengths = split_lengths(ready.layout)
-    assert {F, V, KH, 4} <= lengths  # 4 heads.
-    assert D not in lengths  # It is QH as well, but then either.
+def test_what_tensor_splits_is_what_shrinks_with_its_weights():
+    found = traced("full")
+    inputs = LAYERS * L * D * 4  # Of each layer, whole on every device.
+    logits = L * V * 4
+    assert inputs <= found.kept.whole < inputs + logits
+    assert logits <= found.kept.split < 2 * logits
+    assert found.widest == Amount(logits, 0)
+    assert found.flops.whole == 0
+    assert traced("none").kept.split > 0.6 * sum(traced("none").kept)
+    # Nothing of a model whose parameters name no axes.
     config = tiny.get_config("witness")
     spec = train_spec(config, 4)
     task = load_task(spec.task, spec.model, spec.data)
-    assert not split_lengths(prepare(spec, task, abstract_mesh(spec.mesh)).layout)
+    found = trace(task, prepare(spec, task, abstract_mesh(spec.mesh)).layout)
+    assert found.kept.split == found.flops.split == 0
+    assert found.kept.whole > 0
 
 
 def test_the_state_is_exact_and_memory_falls_with_microbatches_and_sharding():

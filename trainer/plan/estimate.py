@@ -1,9 +1,8 @@
 """What a step will about take on each device, without compiling it.
 
 The state is that of the layout, exactly. Activations are the residuals that JAX's autodiff keeps of
-the task's loss under the model's own remat, traced for a few examples on one device. An array one
-of whose dims is as long as one that `tensor` splits in some parameter counts as split itself. Then,
-of a microbatch of `b` examples a device:
+the task's loss under the model's own remat, traced on one device, once with weights as half of them
+would be on each of two devices along `tensor`. Then, of a microbatch of `b` examples a device:
 
     temporaries = b * kept                      what the forward pass keeps for the backward
                 + b * widest                    the largest array of an example, and its gradient
@@ -75,7 +74,7 @@ def estimate(
     state = prepared.ledger.device_bytes
     links = {name: sent for name, sent in expected_bytes(spec, task, layout).items() if sent}
     peaks = peaks_of(chip) if chip else None
-    seconds = bounds(peaks, examples * traced.flops / tensor, 2 * state, links)
+    seconds = bounds(peaks, examples * traced.flops.over(tensor), 2 * state, links)
     bound, by = largest(seconds)
     return Estimate(int(state + temp), state, int(temp), parts, links, seconds, bound, by)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,6 @@ from trainer.state import StateLayout
 from trainer.step import as_loss
 from trainer.task import Task
 
-_FEW, _MORE = 3, 5  # Examples in a trace.
 _ROW = 64  # Elements that make up a row, at the least.
 _CALLS = ("pjit", "jit", "custom_jvp_call", "closed_call", "core_call")
 _NOT_POINTWISE = (
@@ -24,8 +23,8 @@ _NOT_POINTWISE = (
 )
 
 
-class Arrays(NamedTuple):
-    """Bytes of some arrays, by whether `tensor` splits them."""
+class Amount(NamedTuple):
+    """Bytes or FLOPs, by whether `tensor` splits them."""
 
     split: float
     whole: float
@@ -36,51 +35,68 @@ class Arrays(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What the loss of one example takes, forward and backward, on one device.
+    """What the loss of one example takes, forward and backward.
 
     Attributes:
-      kept: from the forward pass for the backward.
-      widest: the largest array, once.
+      kept: bytes from the forward pass for the backward.
+      widest: bytes of the largest array, once.
       flops: of matmuls and convolutions, with what is computed again.
     """
 
-    kept: Arrays
-    widest: Arrays
+    kept: Amount
+    widest: Amount
+    flops: Amount
+
+
+NOTHING = Trace(Amount(0.0, 0.0), Amount(0.0, 0.0), Amount(0.0, 0.0))
+
+
+class _Figures(NamedTuple):
+    """Of one device, as in a Trace."""
+
+    kept: float
+    widest: float
     flops: float
-
-
-NOTHING = Trace(Arrays(0.0, 0.0), Arrays(0.0, 0.0), 0.0)
 
 
 def trace(task: Task, layout: StateLayout) -> Trace:
     """Trace a task's loss and its gradient. Its model says what it keeps and computes again.
+
+    Once more with all dims halved that `tensor` splits, as one of two devices has them: what is
+    then smaller is what `tensor` splits. Of a model that does not go by its arrays' shapes all
+    counts as whole.
 
     Args:
       task: the model and its loss.
       layout: of the state, on one device: whatever splits an array over a mesh is left to XLA or
         said by the model, and may hide what is kept.
     """
-    lengths = split_lengths(layout)
-    # Numbers that do not make an axis of examples as long as one that `tensor` splits.
-    few, more = (_traced(task, layout, lengths, number) for number in (_FEW, _MORE))
-    # What does not grow with the batch is made of the weights, and counted with them.
-    times = _MORE - _FEW
-    kept = Arrays(*((b - a) / times for a, b in zip(few.kept, more.kept, strict=True)))
-    widest = Arrays(*(size / _MORE for size in max(more.widest, key=sum)))
-    return Trace(kept, widest, (more.flops - few.flops) / times)
+    one = _per_example(task, layout, halved=False)
+    try:
+        two = _per_example(task, layout, halved=True)
+    except Exception:  # Whatever a model makes of shapes that it has not asked for.
+        two = one
+    return Trace(*(_apart(alone, half) for alone, half in zip(one, two, strict=True)))
 
 
-class _Traced(NamedTuple):
-    kept: Arrays
-    widest: list[Arrays]
-    flops: float
+def _apart(alone: float, half: float) -> Amount:
+    split = min(alone, max(0.0, 2 * (alone - half)))
+    return Amount(split, alone - split)
 
 
-def _traced(task: Task, layout: StateLayout, lengths: frozenset[int], number: int) -> _Traced:
-    """The same for `number` examples, and with what does not depend on them."""
+def _per_example(task: Task, layout: StateLayout, halved: bool) -> _Figures:
+    """What grows with the number of examples; the rest is made of weights, and counted there."""
+    one, two = (_traced(task, layout, number, halved) for number in (1, 2))
+    return _Figures(two.kept - one.kept, two.widest / 2, two.flops - one.flops)
+
+
+def _traced(task: Task, layout: StateLayout, number: int, halved: bool) -> _Figures:
+    """What `number` examples take."""
     model, optimizer = layout.merge(layout.abstract)
     model.train()
     graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
+    if halved:
+        params = jax.tree.map(_half, params)
     batch = {
         name: jax.ShapeDtypeStruct((number, *one.shape), one.dtype)
         for name, one in task.example_spec().items()
@@ -100,45 +116,20 @@ def _traced(task: Task, layout: StateLayout, lengths: frozenset[int], number: in
     with nnx.use_eager_sharding(False), jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
         forward = jax.make_jaxpr(pull_back)(params, rest, batch).jaxpr
         whole = jax.make_jaxpr(gradient)(params, rest, batch).jaxpr
-    return _Traced(
-        _sum(_kept(forward), lengths),
-        [_sum([aval], lengths) for aval in _made(whole)],
+    return _Figures(
+        sum(_bytes(aval) for aval in _kept(forward)),
+        max((_bytes(aval) for aval in _made(whole)), default=0.0),
         sum(times * _flops(equation) for equation, times in _equations(whole)),
     )
 
 
-def split_lengths(layout: StateLayout) -> frozenset[int]:
-    """Lengths of dims that `tensor` splits, and their products: activations have these merged.
-
-    Not those that it leaves whole elsewhere: what is as long as the model is wide may be either.
-    The layout's mesh need not have a `tensor` axis of more than one device: the rules count.
-    """
-    split: set[int] = set()
-    whole: set[int] = set()
-    for name, leaf in zip(layout.names, layout.abstract, strict=True):
-        if name not in layout.params:
-            continue
-        entries = [as_tuple(entry) for entry in leaf.sharding.spec]
-        entries += [()] * (len(leaf.shape) - len(entries))
-        for dim, axes in enumerate(entries):
-            if "tensor" not in axes:
-                whole.add(leaf.shape[dim])
-                continue
-            split.add(leaf.shape[dim])
-            if dim + 1 < len(leaf.shape) and not entries[dim + 1]:
-                split.add(leaf.shape[dim] * leaf.shape[dim + 1])
-    return frozenset(split - whole - {1})
-
-
-def _sum(avals: Iterable[Any], lengths: frozenset[int]) -> Arrays:
-    split = whole = 0.0
-    for aval in avals:
-        size = _bytes(aval)
-        if size and lengths.intersection(aval.shape):
-            split += size
-        else:
-            whole += size
-    return Arrays(split, whole)
+def _half(leaf: Any) -> Any:
+    """A parameter as one of two devices along `tensor` has it."""
+    entries = [as_tuple(entry) for entry in leaf.sharding.spec]
+    entries += [()] * (len(leaf.shape) - len(entries))
+    pairs = zip(leaf.shape, entries, strict=True)
+    shape = [length // 2 if "tensor" in axes else length for length, axes in pairs]
+    return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
 
 def _kept(forward: Any) -> list[Any]:
