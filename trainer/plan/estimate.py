@@ -6,7 +6,8 @@ would be on each of two devices along `tensor`. Then, of a microbatch of `b` exa
 
     temporaries = b * kept                      what the forward pass keeps for the backward
                 + b * widest                    the largest array of an example, and its gradient
-                + gradients                     twice, if microbatches add theirs up
+                + gradients                     as the params are split; where microbatches add
+                                                theirs up also as the optimizer's state is
                 + gathered                      weights in use, whole over the batch axes
 
 `docs/plan.md` has how far off this was.
@@ -67,7 +68,7 @@ def estimate(
     parts = {
         "kept": at_once * traced.kept.over(tensor),
         "widest": at_once * traced.widest.over(tensor),
-        "gradients": weights.gradients * (1 if spec.num_microbatches == 1 else 2),
+        "gradients": weights.gradients + weights.summed * (spec.num_microbatches > 1),
         "gathered": weights.gathered,
     }
     temp = sum(parts.values())
@@ -133,16 +134,18 @@ def _axes(sharding: Any) -> set[str]:
 
 
 class Weights(NamedTuple):
-    """What a device has of the weights besides the state, in bytes: all `gradients`, and weights
-    `gathered` over the batch axes, as many as are in use at a time."""
+    """What a device has of the weights besides the state, in bytes: `gradients` of a microbatch,
+    those of all `summed` up, and weights `gathered` over the batch axes, as many as are in use at a
+    time."""
 
     gradients: float
+    summed: float
     gathered: float
 
     @classmethod
     def of(cls, layout: StateLayout, task: Task) -> Weights:
         """Those of a layout."""
-        gradients = gathered = widest = 0.0
+        gradients = summed = gathered = widest = 0.0
         width = task.compute_dtype()
         shards = iter(layout.gradients)
         for name, leaf in zip(layout.names, layout.abstract, strict=True):
@@ -150,7 +153,8 @@ class Weights(NamedTuple):
                 continue
             total, device = array_bytes(leaf)
             shard = next(shards).shard_shape(tuple(leaf.shape))
-            gradients += total * math.prod(shard) / max(1, leaf.size)
+            gradients += device
+            summed += total * math.prod(shard) / max(1, leaf.size)
             axes = _axes(leaf.sharding)
             if axes.isdisjoint(BATCH_AXES):
                 continue
@@ -160,7 +164,7 @@ class Weights(NamedTuple):
             layers = _layers(leaf)
             gathered += _BUFFERED * size / layers if layers > 1 else 0.0
             widest = max(widest, size / layers)
-        return cls(gradients, max(gathered, _BUFFERED * widest))
+        return cls(gradients, summed, max(gathered, _BUFFERED * widest))
 
 
 def _layers(leaf: Any) -> int:
