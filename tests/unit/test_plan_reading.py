@@ -27,6 +27,18 @@ def test_loops_run_as_often_as_their_conditions_say():
     assert executions(parse(by_whom)) == (dict.fromkeys(counts, 1.0), 1)
 
 
+def test_a_kernel_whose_attributes_have_lines_of_their_own_ends_nothing():
+    first, _, rest = MODULE[MODULE.index("%body (") :].partition("\n")
+    kernel = """  %kernel.1 = f32[] custom-call(), custom_call_target="tpu_custom_call", metadata="{
+"a": {"b": 1
+}}, backend_config={"cost_estimate":{"flops":"7"}}
+"""
+    text = MODULE.replace(f"{first}\n{rest}", f"{first}\n{kernel}{rest}")
+    module = parse(text)
+    assert executions(module) == executions(parse(MODULE))
+    assert count_flops(module).kernels == 6 * 7
+
+
 def test_a_collective_counts_once_however_it_is_cut_up():
     found = {one.kind: one for one in collectives(parse(MODULE), TWO_BY_TWO)}
     # The result of the gather is 16 x 16 bf16 = 512 bytes, of which half is sent, six times.
