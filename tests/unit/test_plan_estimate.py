@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 
+import jax
 import pytest
 
 from launch.spec import MeshSpec, train_spec
@@ -15,7 +16,7 @@ from trainer.mesh import abstract_mesh
 from trainer.plan.candidates import candidates, meshes
 from trainer.plan.estimate import estimate
 from trainer.plan.search import remat_policies
-from trainer.plan.trace import Amount, trace
+from trainer.plan.trace import Amount, layout_on, trace
 from trainer.prepare import prepare
 from trainer.task import load_task
 
@@ -24,8 +25,8 @@ L, D, F, V, LAYERS, QH, KH = 32, 32, 64, 256, 2, 32, 16
 
 @functools.cache
 def traced(remat="none"):
-    _, task, ready = prepared(remat)
-    return trace(task, ready.layout)
+    spec, task, _ = prepared(remat)
+    return trace(task, layout_on(jax.devices()[0], spec, task))
 
 
 def prepared(remat="none", num_devices=4, **fields):
@@ -73,7 +74,7 @@ def test_what_tensor_splits_is_what_shrinks_with_its_weights():
     config = tiny.get_config("witness")
     spec = train_spec(config, 4)
     task = load_task(spec.task, spec.model, spec.data)
-    found = trace(task, prepare(spec, task, abstract_mesh(spec.mesh)).layout)
+    found = trace(task, layout_on(jax.devices()[0], spec, task))
     assert found.kept.split == found.flops.split == 0
     assert found.kept.whole > 0
 

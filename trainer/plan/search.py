@@ -20,10 +20,8 @@ from absl import flags
 
 from launch.contract import SCHEMA
 from launch.spec import (
-    AXES,
     Cluster,
     ConfigError,
-    MeshSpec,
     TrainSpec,
     cluster_spec,
     load_config,
@@ -155,12 +153,14 @@ class _Search:
         self, way: Candidate, spec: TrainSpec, prepared: Any, cluster: Cluster, target: Any
     ) -> dict[str, Any]:
         from trainer.plan.estimate import estimate
-        from trainer.plan.trace import NOTHING, trace
+        from trainer.plan.trace import NOTHING, layout_on, trace
 
-        task, chip, devices = self._tasks[way.remat], target.chip, target.devices
+        task, chip = self._tasks[way.remat], target.chip
         if way.remat not in self._traces:
             try:
-                self._traces[way.remat] = trace(task, self._alone(task, devices[0]))
+                self._traces[way.remat] = trace(
+                    task, layout_on(target.devices[0], self._spec, task)
+                )
             except Exception as error:  # A loss that does not go with one example on one device.
                 what = " ".join(f"{type(error).__name__}: {error}".split())
                 self._remarks.append(f"activations and products are not estimated: {what}")
@@ -175,18 +175,6 @@ class _Search:
             "hbm_bytes": chip.hbm_bytes if chip else None,
             "usable_hbm_bytes": chip.usable_hbm_bytes if chip else None,
         }
-
-    def _alone(self, task: Any, device: Any) -> Any:
-        """The layout of the state on one device."""
-        import numpy as np
-        from jax.sharding import AxisType, Mesh
-
-        from trainer.prepare import prepare
-
-        grid = np.asarray([device]).reshape((1,) * len(AXES))
-        mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-        spec = dataclasses.replace(self._spec, mesh=MeshSpec(1, 1, 1))
-        return prepare(spec, task, mesh).layout
 
     def _leave_out(self, reason: str, mesh: Any) -> None:
         like = re.sub(r"= \d+", "= N", reason)  # Of axes that differ in their size alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,7 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import AxisType, Mesh
 
+from launch.spec import AXES, MeshSpec, TrainSpec
+from trainer.prepare import prepare
 from trainer.sharding import as_tuple
 from trainer.state import StateLayout
 from trainer.step import as_loss
@@ -57,6 +61,14 @@ class _Figures(NamedTuple):
     kept: float
     widest: float
     flops: float
+
+
+def layout_on(device: Any, spec: TrainSpec, task: Task) -> StateLayout:
+    """The layout of the train state on one device, which need not be here."""
+    grid = np.asarray([device]).reshape((1,) * len(AXES))
+    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    alone = dataclasses.replace(spec, mesh=MeshSpec(1, 1, 1))
+    return prepare(alone, task, mesh).layout
 
 
 def trace(task: Task, layout: StateLayout) -> Trace:
