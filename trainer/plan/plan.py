@@ -10,8 +10,7 @@ from typing import Any
 import jax
 
 from launch.contract import SCHEMA
-from launch.spec import Cluster, ConfigError, TrainSpec
-from trainer.ledger import human_bytes
+from launch.spec import Cluster, TrainSpec
 from trainer.mesh import batch_sharding, make_mesh
 from trainer.plan.bound import bounds, largest, measured_peaks, peaks_of
 from trainer.plan.buffers import at_the_peak
@@ -21,6 +20,7 @@ from trainer.plan.flops import count_flops
 from trainer.plan.hlo import parse
 from trainer.plan.least import least_bytes
 from trainer.plan.loops import executions
+from trainer.plan.suggest import suggestions
 from trainer.plan.target import Target, make_target
 from trainer.plan.words import Namer
 from trainer.prepare import Prepared, prepare
@@ -94,7 +94,7 @@ def make_plan(spec: TrainSpec, task: Task, cluster: Cluster) -> dict[str, Any]:
     mfu = None
     if bound and model_flops and peaks is not None and peaks.flops:
         mfu = model_flops / (devices * peaks.flops * bound)
-    return {
+    record: dict[str, Any] = {
         "schema": SCHEMA,
         "fits": _fits(compiled, target),
         **_memory_record(compiled, target),
@@ -127,7 +127,11 @@ def make_plan(spec: TrainSpec, task: Task, cluster: Cluster) -> dict[str, Any]:
         "simulated": target.simulated,
         "versions": versions(),
         "remarks": prepared.remarks,
+        "suggestions": [],
     }
+    if record["fits"] is False:
+        record["suggestions"] = suggestions(spec, cluster, record)
+    return record
 
 
 def versions() -> dict[str, str]:
@@ -235,13 +239,3 @@ def _target_record(target: Target) -> dict[str, Any]:
         "devices": len(target.devices),
         "chip": target.chip.name if target.chip else None,
     }
-
-
-def refusal(record: Mapping[str, Any]) -> ConfigError:
-    """The error that a plan which does not fit is."""
-    room = record["usable_hbm_bytes"] or record["hbm_bytes"]
-    return ConfigError(
-        "config",
-        f"the step takes {human_bytes(record['peak_bytes'])} on each device of "
-        f"{record['target']['name']}, which has {human_bytes(room)}",
-    )

@@ -22,6 +22,7 @@ from launch.contract import SCHEMA
 from launch.spec import (
     Cluster,
     ConfigError,
+    MeshSpec,
     TrainSpec,
     cluster_spec,
     load_config,
@@ -61,7 +62,7 @@ def searched(argv: list[str]) -> dict[str, Any]:
     # A model without the field in its file has nothing that could be overridden.
     remat = remat_policies(spec.model.get("remat"))
     prepare_environment(max(cluster.num_devices for cluster in clusters), clusters[0].env)
-    search = _Search(spec, remat, [int(number) for number in own.device_batches])
+    search = Search(spec, remat, [int(number) for number in own.device_batches])
     for cluster in clusters:
         search.go_through(cluster)
     return search.record()
@@ -81,7 +82,7 @@ class _Laid(NamedTuple):
     error: ConfigError | None
 
 
-class _Search:
+class Search:
     """Estimates, and what was left out."""
 
     def __init__(self, spec: TrainSpec, remat: Sequence[str | None], device_batches: Sequence[int]):
@@ -114,15 +115,20 @@ class _Search:
             "remarks": list(dict.fromkeys(self._remarks)),
         }
 
-    def go_through(self, cluster: Cluster) -> None:
-        """Estimate all ways on a cluster."""
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The ways that were estimated."""
+        return self._rows
+
+    def go_through(self, cluster: Cluster, only: Sequence[MeshSpec] | None = None) -> None:
+        """Estimate all ways on a cluster, or those on some meshes."""
         from trainer.plan.target import make_target
 
         target = make_target(cluster)
         devices = cluster.num_devices
         batches = [number * devices for number in self._device_batches]
         batches = batches or [self._spec.global_batch_size]
-        for mesh in meshes(devices, cluster.slices):
+        for mesh in meshes(devices, cluster.slices) if only is None else only:
             if reason := _unfit(mesh, target.devices, cluster):
                 self._leave_out(reason, mesh)
                 continue

@@ -128,9 +128,12 @@ def _traced(task: Task, layout: StateLayout, number: int, halved: bool) -> _Figu
     with nnx.use_eager_sharding(False), jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
         forward = jax.make_jaxpr(pull_back)(params, rest, batch).jaxpr
         whole = jax.make_jaxpr(gradient)(params, rest, batch).jaxpr
+    # Weights' gradients, whole or a layer's, are counted with the weights.
+    shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
+    weights = {tuple(sorted(dims)) for shape in shapes for dims in (shape, shape[1:])}
     return _Figures(
         sum(_bytes(aval) for aval in _kept(forward)),
-        max((_bytes(aval) for aval in _made(whole)), default=0.0),
+        max((_bytes(aval) for aval in _made(whole) if _dims(aval) not in weights), default=0.0),
         sum(times * _flops(equation) for equation, times in _equations(whole)),
     )
 
@@ -187,6 +190,11 @@ def _bytes(aval: Any) -> float:
     if not hasattr(aval, "dtype") or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return 0.0
     return float(math.prod(aval.shape) * aval.dtype.itemsize)
+
+
+def _dims(aval: Any) -> tuple[int, ...]:
+    """Lengths, in whatever order."""
+    return tuple(sorted(getattr(aval, "shape", ())))
 
 
 def _is_pointwise(equation: Any) -> bool:
