@@ -19,6 +19,7 @@ from trainer.plan.compiled import Compiled, compile_for_plan
 from trainer.plan.flops import count_flops
 from trainer.plan.hlo import parse
 from trainer.plan.least import least_bytes
+from trainer.plan.lives import with_loops
 from trainer.plan.loops import executions
 from trainer.plan.suggest import suggestions
 from trainer.plan.target import Target, make_target
@@ -183,7 +184,7 @@ def _largest_buffers(
             shape = one.buffers[0].shape.split("{")[0] if one.buffers else ""
             rows.append({"kind": "argument", "name": name, "bytes": one.size, "shape": shape,
                          "what": _role(name)})  # fmt: skip
-    for buffer in at_the_peak(compiled.dump):
+    for buffer in at_the_peak(with_loops(compiled.dump, module)):
         rows.append({"kind": "temporary", **namer.temporary(buffer)._asdict()})
     rows.sort(key=lambda row: -row["bytes"])
     return rows[:_MOST_BUFFERS]
