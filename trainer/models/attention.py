@@ -5,6 +5,9 @@ Shapes as in `trainer.models.transformer`. All take queries that come scaled by 
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +18,7 @@ from trainer.models import remat
 from trainer.models.place import Place
 from trainer.models.rope import Rope
 from trainer.models.transformer_config import TransformerConfig
-from trainer.models.weights import make_weight, residual_fan_in
+from trainer.models.weights import RMSNorm, make_weight, residual_fan_in
 
 _MIN_CHUNK = 64  # Queries per block of attention; smaller ones cost more in calls than they save.
 _LANES = 128  # Splash attention wants heads and blocks of multiples of it.
@@ -31,32 +34,40 @@ class Attention(nnx.Module):
         self.width = H
         self.dtype = config.dtype
         self.kernel = config.attention
+        self.remat = config.remat
         self.query_DQH = make_weight(config, rngs, (D, Q, H), ("embed", "heads", "head_dim"), D)
         self.key_DKH = make_weight(config, rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), D)
         self.value_DKH = make_weight(config, rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), D)
         fan_in = residual_fan_in(config, Q * H)
         self.out_QHD = make_weight(config, rngs, (Q, H, D), ("heads", "head_dim", "embed"), fan_in)
 
-    def __call__(self, x_ND: jax.Array, rope: Rope, batch: int, place: Place) -> jax.Array:
-        """[N, D] to [N, D], where N is `batch` sequences one after the other."""
+    def __call__(
+        self, x_ND: jax.Array, norm: RMSNorm, rope: Rope, batch: int, place: Place
+    ) -> jax.Array:
+        """[N, D] to [N, D], where N is `batch` sequences one after the other; normed by `norm`."""
         N, D = x_ND.shape
-        x_ND = place.enter(x_ND)
 
-        def project(weight: nnx.Param) -> jax.Array:
-            projected_NX = x_ND @ place.weight(weight, self.dtype, (D, -1))
-            return projected_NX.reshape(batch, N // batch, -1, self.width).transpose(0, 2, 1, 3)
+        def enter(x_ND: jax.Array, *weights: jax.Array) -> list[jax.Array]:
+            normed_ND = place.enter(norm(x_ND, place))
+            heads = (batch, N // batch, -1, self.width)
+            q_BQLH, k_BKMH, v_BKMH = (
+                (normed_ND @ weight_DX).reshape(heads).transpose(0, 2, 1, 3)
+                for weight_DX in weights
+            )
+            # Scaling the queries is cheaper than scaling the scores.
+            return [rope.turn(q_BQLH, scale=self.width**-0.5), rope.turn(k_BKMH), v_BKMH]
 
-        # Scaling the queries is cheaper than scaling the scores.
-        q_BQLH = rope.turn(project(self.query_DQH), scale=self.width**-0.5)
-        k_BKMH = rope.turn(project(self.key_DKH))
-        v_BKMH = project(self.value_DKH)
-        q_BQLH, k_BKMH, v_BKMH = (
-            checkpoint_name(x, remat.QUERY_KEY_VALUE) for x in (q_BQLH, k_BKMH, v_BKMH)
-        )
-        kernel = choose_kernel(self.kernel, q_BQLH.shape[2], self.width, self.dtype, place)
+        def leave(out_BQLH: jax.Array, weight_XD: jax.Array) -> jax.Array:
+            out_NX = out_BQLH.transpose(0, 2, 1, 3).reshape(N, -1)
+            return place.leave(out_NX @ weight_XD)
+
+        enter, leave = (remat.lightly(part, self.remat) for part in (enter, leave))
+        weights = (self.query_DQH, self.key_DKH, self.value_DKH)
+        projected = enter(x_ND, *(place.weight(weight, self.dtype, (D, -1)) for weight in weights))
+        q_BQLH, k_BKMH, v_BKMH = (checkpoint_name(x, remat.QUERY_KEY_VALUE) for x in projected)
+        kernel = choose_kernel(self.kernel, N // batch, self.width, self.dtype, place)
         out_BQLH = attend(q_BQLH, k_BKMH, v_BKMH, kernel)
-        out_NX = out_BQLH.transpose(0, 2, 1, 3).reshape(N, -1)
-        out_ND = place.leave(out_NX @ place.weight(self.out_QHD, self.dtype, (-1, D)))
+        out_ND = leave(out_BQLH, place.weight(self.out_QHD, self.dtype, (-1, D)))
         return checkpoint_name(out_ND, remat.ATTENTION_OUT)
 
 
@@ -123,8 +134,9 @@ def attend(q_BQLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, kernel: str)
     return checkpoint_name(out_BKGLH.reshape(B, Q, L, H), remat.ATTENTION)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def splash_attention(
-    q_BQLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, *, interpret: bool = False
+    q_BQLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, interpret: bool = False
 ) -> jax.Array:
     """`attend` by JAX's Pallas kernel for TPUs; `interpret` runs it anywhere, slowly.
 
@@ -133,6 +145,24 @@ def splash_attention(
     """
     kernel = _splash_kernel(q_BQLH.shape[1], q_BQLH.shape[2], interpret)
     return jax.vmap(kernel)(q_BQLH, k_BKMH, v_BKMH)
+
+
+def _splash_forward(
+    q_BQLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, interpret: bool
+) -> tuple[jax.Array, Any]:
+    kernel = _splash_kernel(q_BQLH.shape[1], q_BQLH.shape[2], interpret)
+    out_BQLH, pull_back = jax.vjp(jax.vmap(kernel), q_BQLH, k_BKMH, v_BKMH)
+    # The kernel writes each logsumexp 128 times over. Unless told to take its one right away, XLA
+    # keeps them all (268 MB for 16,384 tokens of 32 heads) until the backward pass wants it.
+    return jax.lax.optimization_barrier((out_BQLH, pull_back))
+
+
+def _splash_backward(interpret: bool, pull_back: Any, dout_BQLH: jax.Array) -> Any:
+    del interpret
+    return pull_back(dout_BQLH)
+
+
+splash_attention.defvjp(_splash_forward, _splash_backward)
 
 
 def _splash_kernel(num_heads: int, length: int, interpret: bool) -> jax.tree_util.Partial:

@@ -49,6 +49,16 @@ def rematerialized(apply: Callable, remat: str, place: Place, *, prevent_cse: bo
     return jax.checkpoint(apply, policy=_policy(remat), prevent_cse=prevent_cse)
 
 
+def lightly(part: Callable, remat: str) -> Callable:
+    """`part` of a layer, keeping nothing inside of it, where the whole layer keeps but a few names.
+
+    For parts whose backward pass needs again only what is cheap (a norm, a transposed copy): the
+    projections in them are linear. Without it, what is computed again for a layer stays until it is
+    used, and that is up to six arrays [N, D] at a time.
+    """
+    return jax.checkpoint(part) if remat == "full" or remat in _KEPT else part
+
+
 def _policy(remat: str) -> Callable[..., Any]:
     policies = jax.checkpoint_policies
     if remat == "full":

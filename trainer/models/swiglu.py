@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class MLP(nnx.Module):
         if self.chunk and self.chunk < F and place.is_local:
             how = _Chunked(
                 F // largest_divisor(F, self.chunk),
-                place.gather(self.gate_DF, self.dtype),
+                place.gather(self.gate_DF, self.dtype).behind(1),
                 place.gather(self.down_FD, self.dtype),
             )
             weights = (self.gate_DF[...], self.up_DF[...], self.down_FD[...])
@@ -53,25 +54,23 @@ class MLP(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class _Chunked:
-    """In how many chunks, and how the weights [D, F] and [F, D] travel. Hashable."""
+    """In how many chunks, and how the weights [2, D, F] and [F, D] travel. Hashable."""
 
     num: int
     wide: Gather
     down: Gather
 
-    def shards(self, weights: _Weights) -> _Weights:
-        """The weights' shards as [C, D, X], [C, D, X], [C, X, D], ready to travel."""
+    def shards(self, weights: _Weights) -> tuple[jax.Array, jax.Array]:
+        """The weights' shards as [C, 2, D, X] (gate and up) and [C, X, D], ready to travel."""
+        # See Gather.gather about the barrier.
+        weights = jax.lax.optimization_barrier(weights)
         gate_DF, up_DF, down_FD = (w.astype(self.wide.dtype) for w in weights)
-        return (
-            split_dim(gate_DF, 1, self.num),
-            split_dim(up_DF, 1, self.num),
-            split_dim(down_FD, 0, self.num),
-        )
+        return split_dim(jnp.stack([gate_DF, up_DF]), 2, self.num), split_dim(down_FD, 0, self.num)
 
-    def gather(self, shards: _Weights) -> _Weights:
+    def gather(self, shards: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """One chunk, whole."""
-        gate_DX, up_DX, down_XD = shards
-        return self.wide.gather(gate_DX), self.wide.gather(up_DX), self.down.gather(down_XD)
+        wide_CDX, down_XD = shards
+        return self.wide.gather(wide_CDX), self.down.gather(down_XD)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -84,10 +83,10 @@ def _swiglu(how: _Chunked, x_ND: jax.Array, weights: _Weights) -> jax.Array:
       weights: this device's shards.
     """
 
-    def use(sum_ND: jax.Array, whole: _Weights, number: jax.Array) -> tuple[jax.Array, None]:
+    def use(sum_ND: jax.Array, whole: Any, number: jax.Array) -> tuple[jax.Array, None]:
         del number
-        gate_DX, up_DX, down_XD = whole
-        hidden_NX = _gated(x_ND @ gate_DX, x_ND @ up_DX)
+        wide_CDX, down_XD = whole
+        hidden_NX = _gated(jnp.einsum("ND,CDX->CNX", x_ND, wide_CDX))
         return sum_ND + _dot32(hidden_NX, down_XD), None
 
     zeros_ND = jnp.zeros(x_ND.shape, jnp.float32)
@@ -106,31 +105,36 @@ def _swiglu_backward(
 ) -> tuple[jax.Array, _Weights]:
     x_ND, weights = kept
 
-    def use(dx_ND: jax.Array, whole: _Weights, number: jax.Array) -> tuple[jax.Array, _Weights]:
+    def use(dx_ND: jax.Array, whole: Any, number: jax.Array) -> tuple[jax.Array, Any]:
         del number
-        gate_DX, up_DX, down_XD = whole
-        hidden_NX, pull_back = jax.vjp(_gated, x_ND @ gate_DX, x_ND @ up_DX)
-        dgate_NX, dup_NX = pull_back(dy_ND @ down_XD.T)
-        dx_ND += _dot32(dgate_NX, gate_DX.T) + _dot32(dup_NX, up_DX.T)
+        wide_CDX, down_XD = whole
+        hidden_NX, pull_back = jax.vjp(_gated, jnp.einsum("ND,CDX->CNX", x_ND, wide_CDX))
+        (dwide_CNX,) = pull_back(dy_ND @ down_XD.T)
+        # One product for gate and up: with two, XLA keeps two float32 sums.
+        dx_ND += jnp.einsum(
+            "CNX,CDX->ND", dwide_CNX, wide_CDX, preferred_element_type=jnp.float32
+        )
         return dx_ND, (
-            how.wide.scatter(x_ND.T @ dgate_NX),
-            how.wide.scatter(x_ND.T @ dup_NX),
+            how.wide.scatter(jnp.einsum("ND,CNX->CDX", x_ND, dwide_CNX)),
             how.down.scatter(hidden_NX.T @ dy_ND),
         )
 
     zeros_ND = jnp.zeros(x_ND.shape, jnp.float32)
-    dx_ND, (dgate, dup, ddown) = scan_gathered(use, zeros_ND, how.shards(weights), how.gather)
-    joined = (join_dim(dgate, 1), join_dim(dup, 1), join_dim(ddown, 0))
+    dx_ND, (dwide, ddown) = scan_gathered(use, zeros_ND, how.shards(weights), how.gather)
+    joined = (*join_dim(dwide, 2), join_dim(ddown, 0))
     like = zip(joined, weights, strict=True)
     dgate_DF, dup_DF, ddown_FD = (gradient.astype(weight.dtype) for gradient, weight in like)
-    return dx_ND.astype(x_ND.dtype), (dgate_DF, dup_DF, ddown_FD)
+    gradients = (dx_ND.astype(x_ND.dtype), (dgate_DF, dup_DF, ddown_FD))
+    # All of it now: else XLA puts the last chunk's off, and keeps what they need meanwhile.
+    return jax.lax.optimization_barrier(gradients)
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def _gated(gate_NX: jax.Array, up_NX: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate_NX) * up_NX
+def _gated(wide_CNX: jax.Array) -> jax.Array:
+    """[2, N, X], gate and up, to [N, X]."""
+    return jax.nn.silu(wide_CNX[0]) * wide_CNX[1]
 
 
 def _dot32(x: jax.Array, y: jax.Array) -> jax.Array:

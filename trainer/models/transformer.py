@@ -46,7 +46,7 @@ class Layer(nnx.Module):
 
     def __call__(self, x_ND: jax.Array, rope: Rope, batch: int, place: Place) -> jax.Array:
         """[N, D] to [N, D], where N is `batch` sequences one after the other."""
-        x_ND = x_ND + self.attention(self.attention_norm(x_ND, place), rope, batch, place)
+        x_ND = x_ND + self.attention(x_ND, self.attention_norm, rope, batch, place)
         x_ND = x_ND + self.mlp(self.mlp_norm(x_ND, place), place)
         return x_ND if place.is_local else over_batch_axes(x_ND, batch)
 
