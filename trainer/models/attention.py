@@ -50,10 +50,10 @@ class Attention(nnx.Module):
         def enter(x_ND: jax.Array, *weights: jax.Array) -> list[jax.Array]:
             normed_ND = place.enter(norm(x_ND, place))
             heads = (batch, N // batch, -1, self.width)
-            q_BQLH, k_BKMH, v_BKMH = (
-                (normed_ND @ weight_DX).reshape(heads).transpose(0, 2, 1, 3)
-                for weight_DX in weights
-            )
+            # Behind the barrier, because XLA on TPU would write the products out in float32 for the
+            # rotation and transpose them so.
+            products = jax.lax.optimization_barrier([normed_ND @ weight for weight in weights])
+            q_BQLH, k_BKMH, v_BKMH = (x.reshape(heads).transpose(0, 2, 1, 3) for x in products)
             # Scaling the queries is cheaper than scaling the scores.
             return [rope.turn(q_BQLH, scale=self.width**-0.5), rope.turn(k_BKMH), v_BKMH]
 

@@ -110,21 +110,22 @@ def _swiglu_backward(
         wide_CDX, down_XD = whole
         hidden_NX, pull_back = jax.vjp(_gated, jnp.einsum("ND,CDX->CNX", x_ND, wide_CDX))
         (dwide_CNX,) = pull_back(dy_ND @ down_XD.T)
-        # One product for gate and up: with two, XLA keeps two float32 sums.
-        dx_ND += jnp.einsum(
+        # One product for gate and up: with two, XLA keeps a float32 sum between them.
+        more_ND = jnp.einsum(
             "CNX,CDX->ND", dwide_CNX, wide_CDX, preferred_element_type=jnp.float32
         )
-        return dx_ND, (
+        return (dx_ND + more_ND).astype(x_ND.dtype), (
             how.wide.scatter(jnp.einsum("ND,CNX->CDX", x_ND, dwide_CNX)),
-            how.down.scatter(hidden_NX.T @ dy_ND),
+            how.down.scatter(jnp.einsum("ND,NX->XD", dy_ND, hidden_NX)),
         )
 
-    zeros_ND = jnp.zeros(x_ND.shape, jnp.float32)
+    # Summed in float32, rounded for each chunk: a float32 sum would cost as much as two activations.
+    zeros_ND = jnp.zeros(x_ND.shape, x_ND.dtype)
     dx_ND, (dwide, ddown) = scan_gathered(use, zeros_ND, how.shards(weights), how.gather)
     joined = (*join_dim(dwide, 2), join_dim(ddown, 0))
     like = zip(joined, weights, strict=True)
     dgate_DF, dup_DF, ddown_FD = (gradient.astype(weight.dtype) for gradient, weight in like)
-    gradients = (dx_ND.astype(x_ND.dtype), (dgate_DF, dup_DF, ddown_FD))
+    gradients = (dx_ND, (dgate_DF, dup_DF, ddown_FD))
     # All of it now: else XLA puts the last chunk's off, and keeps what they need meanwhile.
     return jax.lax.optimization_barrier(gradients)
 
