@@ -32,6 +32,7 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]", *GCS],
+        "plan": ["jax[tpu]"],  # The compiler alone, for `muster plan` where there is no TPU.
         "cuda": ["jax[cuda13]"],
         "test": [
             "pytest>=8.4",
@@ -42,6 +43,7 @@ setup(
             "mypy",
             "scikit-learn>=1.8",  # configs/digits.py trains on its digits.
             "torch>=2.13.0",
+            "jax[tpu]",  # tests/plan compile for TPUs.
             *GCS,
         ],
     },

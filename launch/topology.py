@@ -6,7 +6,9 @@ Standard library only. Figures are of one chip, in plain bytes and FLOPs. Source
   'configurations'. They say GB for capacities that are powers of two (16 GB is 2**34 bytes, as
   `jax._src.pallas.mosaic.tpu_info` has it; XLA leaves a program some 250 MB less), and give ICI as
   a chip's links together, both directions. For v4 the page gives no ICI figure; half of v5p's is
-  what Google said of it when v5p came (2,400 against 4,800 Gbps each way).
+  what Google said of it when v5p came (2,400 against 4,800 Gbps each way). For DCN the pages say
+  50 Gbps a chip (v5p), and of a pod of 256 chips 6.4 Tbps (v5e) and 25.6 Tbps (v6e).
+- What XLA leaves to a program: its own word on refusing one (libtpu 0.0.42.1).
 - TPU software: cloud.google.com/tpu/docs/runtimes, 'PyTorch/XLA, JAX and older'.
 - NVIDIA: data sheets of A100, H100, H200 and HGX B200. Theirs are with sparsity for Tensor Cores;
   halved here, since training is dense. NVLink stands as their total of both directions.
@@ -36,6 +38,9 @@ class Chip:
       peak_flops: bf16 FLOP/s, dense.
       hbm_bytes_per_second: memory bandwidth.
       ici_bytes_per_second: all ICI (NVLink) links together, both directions.
+      dcn_bytes_per_second: a chip's share of the network between slices, one direction; None
+        where it is not known.
+      usable_hbm_bytes: what the compiler leaves of the memory to a program; None if not known.
     """
 
     name: str
@@ -44,15 +49,17 @@ class Chip:
     peak_flops: float
     hbm_bytes_per_second: float
     ici_bytes_per_second: float
+    dcn_bytes_per_second: float | None = None
+    usable_hbm_bytes: int | None = None
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 2, 32 * GIB, 275 * TERA, 1200e9, 600e9),
-        Chip("v5e", 1, 16 * GIB, 197 * TERA, 819e9, 400e9),
-        Chip("v5p", 2, 95 * GIB, 459 * TERA, 2765e9, 1200e9),
-        Chip("v6e", 1, 32 * GIB, 918 * TERA, 1640e9, 800e9),
+        Chip("v4", 2, 32 * GIB, 275 * TERA, 1200e9, 600e9, None, int(30.75 * GIB)),
+        Chip("v5e", 1, 16 * GIB, 197 * TERA, 819e9, 400e9, 3.125e9, int(15.75 * GIB)),
+        Chip("v5p", 2, 95 * GIB, 459 * TERA, 2765e9, 1200e9, 6.25e9, int(95.74 * GIB)),
+        Chip("v6e", 1, 32 * GIB, 918 * TERA, 1640e9, 800e9, 12.5e9, int(31.25 * GIB)),
         Chip("a100-40gb", 1, 40 * GIB, 312 * TERA, 1555e9, 600e9),
         Chip("a100-80gb", 1, 80 * GIB, 312 * TERA, 2039e9, 600e9),
         Chip("h100", 1, 80 * GIB, 989.4 * TERA, 3350e9, 900e9),

@@ -66,6 +66,15 @@ class Ledger:
         """Bytes on each device that full sharding over STATE_AXES would save."""
         return sum(entry.excess_bytes for entry in self.entries)
 
+    def excess_by_axis(self) -> dict[str, int]:
+        """Axis -> bytes on each device that splitting over it, and it alone, would save."""
+        axes: dict[str, int] = {}
+        for entry in self.entries:
+            for axis in entry.missing_axes if entry.excess_bytes else ():
+                saved = entry.device_bytes - entry.device_bytes // self.mesh_shape[axis]
+                axes[axis] = axes.get(axis, 0) + saved
+        return axes
+
     def group_bytes(self) -> dict[str, tuple[int, int]]:
         """Group -> (bytes in total, bytes per device)."""
         groups: dict[str, tuple[int, int]] = {}
@@ -88,6 +97,7 @@ class Ledger:
             "optimizer_axes": self.optimizer_axes,
             "device_bytes": self.device_bytes,
             "excess_bytes": self.excess_bytes,
+            "excess_bytes_by_axis": self.excess_by_axis(),
             "groups": {
                 name: {"total_bytes": total, "device_bytes": device}
                 for name, (total, device) in self.group_bytes().items()
@@ -109,9 +119,13 @@ class Ledger:
             lines.append(f"  data={self.copies} keeps {self.copies} copies of {what}")
         wasteful = self.under_sharded()
         if wasteful:
+            by_axis = ", ".join(
+                f"{human_bytes(size)} for want of {axis}"
+                for axis, size in self.excess_by_axis().items()
+            )
             lines.append(
                 f"  under-sharded: {len(wasteful)} leaves, {human_bytes(self.excess_bytes)} per "
-                "device more than needed"
+                f"device more than needed ({by_axis})"
             )
         for entry in wasteful[:most]:
             lines.append(

@@ -51,18 +51,38 @@ def device_grid(spec: MeshSpec, devices: Sequence[Any]) -> np.ndarray:
             f"dcn_data={spec.dcn_data} * dcn_fsdp={spec.dcn_fsdp} = {dcn_size}, but the devices "
             f"form {num_slices} slice(s); make the product {num_slices}",
         )
-    if num_slices == 1:
-        return _within_slice(ici, devices)
-    return mesh_utils.create_hybrid_device_mesh(ici, dcn, devices=devices)
+    if devices[0].platform != "tpu" and num_slices == 1:
+        # CPU and GPU devices come in order of process; keeping it puts the innermost axes inside
+        # of a process and gives each process one contiguous block of the batch.
+        return np.asarray(devices).reshape(ici)
+    try:
+        return _on_torus(ici, dcn, devices, split=False)
+    except NotImplementedError:  # An axis is no whole dims of the torus; it may be a part of one.
+        try:
+            return _on_torus(ici, dcn, devices, split=True)
+        except NotImplementedError as error:
+            raise ConfigError(
+                "config.mesh",
+                f"data={spec.data} fsdp={spec.fsdp} tensor={spec.tensor} cannot be laid over the "
+                f"chips' grid {'x'.join(map(str, _grid_of(devices)))}; choose sizes that are "
+                "products of its dims or of their factors",
+            ) from error
 
 
-def _within_slice(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """The grid of one slice: topology-aware on TPU, in order of process elsewhere."""
-    if devices[0].platform == "tpu":
-        return mesh_utils.create_device_mesh(shape, devices=devices)
-    # CPU and GPU devices come in order of process; keeping it puts the innermost axes inside of
-    # a process and gives each process one contiguous block of the batch.
-    return np.asarray(devices).reshape(shape)
+def _on_torus(
+    ici: tuple[int, ...], dcn: tuple[int, ...], devices: Sequence[Any], split: bool
+) -> np.ndarray:
+    """Devices along the torus's dims, neighbours next to each other; slices outermost."""
+    if dcn == (1, 1, 1):
+        return mesh_utils.create_device_mesh(ici, devices=devices, allow_split_physical_axes=split)
+    return mesh_utils.create_hybrid_device_mesh(
+        ici, dcn, devices=devices, allow_split_physical_axes=split
+    )
+
+
+def _grid_of(devices: Sequence[Any]) -> list[int]:
+    coordinates = [getattr(device, "coords", (0,)) for device in devices]
+    return [len(set(line)) for line in zip(*coordinates, strict=True)]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

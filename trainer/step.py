@@ -65,7 +65,9 @@ def make_train_step(
         _, params, rest = nnx.split(model, optimizer.wrt, ...)
         at_once = one_all_reduce
         if at_once is None:
-            at_once = _one_all_reduce_pays(layout) and not jax.tree.leaves(rest)
+            devices = list(layout.mesh.devices.flat)
+            processes = len({device.process_index for device in devices})
+            at_once = reduces_at_once(layout, devices[0].platform, processes)
         elif at_once and jax.tree.leaves(rest):
             raise ValueError("one_all_reduce: the model has state besides its parameters")
         batches = _microbatches(batch, num_microbatches)
@@ -104,6 +106,7 @@ def compile_train_step(
     layout: StateLayout,
     batch: Mapping[str, jax.ShapeDtypeStruct],
     check: Callable[[jax.stages.Lowered], None] = lambda lowered: None,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> jax.stages.Compiled:
     """Compile a train step for one shape of batch. It donates its leaves.
 
@@ -115,9 +118,18 @@ def compile_train_step(
       layout: of the leaves; its mesh may be of devices that are not there.
       batch: abstract arrays with their shardings, `P(BATCH_AXES)` on the first dim.
       check: sees the program before it is compiled.
+      compiler_options: XLA's, beside those of the environment.
     """
     out_shardings = (list(layout.shardings), NamedSharding(layout.mesh, P()))
-    return compile_step(step, layout, batch, out_shardings, check, donate_argnums=0)
+    return compile_step(
+        step,
+        layout,
+        batch,
+        out_shardings,
+        check=check,
+        compiler_options=compiler_options,
+        donate_argnums=0,
+    )
 
 
 def compile_step(
@@ -125,7 +137,9 @@ def compile_step(
     layout: StateLayout,
     batch: Any,
     out_shardings: Any,
+    *,
     check: Callable[[jax.stages.Lowered], None] = lambda lowered: None,
+    compiler_options: Mapping[str, Any] | None = None,
     **jit_options: Any,
 ) -> jax.stages.Compiled:
     """Compile a function (leaves, batch) -> anything, ahead of time, on the layout's mesh.
@@ -143,7 +157,7 @@ def compile_step(
         lowered = jitted.lower(list(layout.abstract), batch)
     check(lowered)
     with compile_cache.written_by_all():
-        return lowered.compile()
+        return lowered.compile(compiler_options)
 
 
 class _Mean(NamedTuple):
@@ -279,12 +293,12 @@ def _unless(skipped: jax.Array, old: Any, new: Any) -> Any:
     return jax.tree.map(choose, old, new)
 
 
-def _one_all_reduce_pays(layout: StateLayout) -> bool:
-    """Whether the mesh is one on which `_mean_reduced_at_once` works and was measured to pay."""
-    devices = layout.mesh.devices.flat
-    many_processes = len({device.process_index for device in devices}) > 1
-    on_cpu = all(device.platform == "cpu" for device in devices)
-    return on_cpu and many_processes and all(s.is_fully_replicated for s in layout.shardings)
+def reduces_at_once(layout: StateLayout, platform: str, num_processes: int) -> bool:
+    """Whether `_mean_reduced_at_once` works for a gang of so many processes, and pays."""
+    if platform != "cpu" or num_processes == 1:
+        return False
+    rest = any(name.startswith("model.") and name not in layout.params for name in layout.names)
+    return not rest and all(where.is_fully_replicated for where in layout.shardings)
 
 
 def _mean_reduced_at_once(

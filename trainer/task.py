@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
+import numpy as np
 from flax import nnx
 
 from launch.spec import ConfigError, closest
@@ -56,6 +57,17 @@ class Task(abc.ABC):
         rows of every global batch by index.
         """
 
+    def example_spec(self) -> Mapping[str, Any]:
+        """Shape and dtype of each array of an example, as a `jax.ShapeDtypeStruct`.
+
+        A task that knows them without its data can be planned for where the data is not.
+        """
+        example = self.train_data(seed=0)[0]
+        return {
+            key: jax.ShapeDtypeStruct(np.shape(value), np.asarray(value).dtype)
+            for key, value in example.items()
+        }
+
     def eval_data(self) -> grain.MapDataset | None:
         """Held-out examples in a fixed order, or None."""
         return None
@@ -70,6 +82,21 @@ class Task(abc.ABC):
         `model` may be abstract: its variables hold shapes only.
         """
         del model
+        return None
+
+    def flops_formula(self) -> str:
+        """How `flops_per_example` counts, in a line, with its source."""
+        return ""
+
+    def compute_dtype(self) -> str | None:
+        """The dtype in which weights are used, and so travel; None for that of the parameters."""
+        return None
+
+    def tensor_bytes_per_example(self) -> float | None:
+        """Bytes of activations of an example that splitting the model over `tensor` all-reduces.
+
+        Forward and backward, the fewest that do; None if not known.
+        """
         return None
 
     def tokens_per_example(self) -> int:

@@ -95,6 +95,11 @@ class LanguageModel(Task):
 
         return training_order(self._source("train"), seed)
 
+    def example_spec(self) -> Mapping[str, Any]:
+        """`tokens` [seq_len + 1], of the dtype that the data has."""
+        dtype = "uint8" if self.data.kind == "bytes" else self.data.dtype
+        return {"tokens": jax.ShapeDtypeStruct((self.data.seq_len + 1,), dtype)}
+
     def eval_data(self) -> grain.MapDataset | None:
         """Held-out rows in their own order; None when nothing is held out."""
         from trainer.data.sources import fixed_order
@@ -153,6 +158,24 @@ class LanguageModel(Task):
             N -= config.vocab_size * config.dim
         attention = 12 * config.num_layers * config.num_heads * config.width_of_head * L
         return float(L * (6 * N + attention))
+
+    def flops_formula(self) -> str:
+        """PaLM's."""
+        return (
+            "6 * params + 12 * layers * heads * head_dim * L per token, as PaLM's appendix B: "
+            "attention as if not causal, without an untied embedding table"
+        )
+
+    def compute_dtype(self) -> str:
+        """`config.model.dtype`: weights are cast before they are gathered."""
+        return self.model.dtype
+
+    def tensor_bytes_per_example(self) -> float:
+        """Two all-reduces of [L, D] each way in a layer, and one for either end of the model."""
+        config, L = self.model, self.data.seq_len
+        return float(
+            (4 * config.num_layers + 2) * L * config.dim * jnp.dtype(config.dtype).itemsize
+        )
 
     def verdict(self, eval_loss: float) -> str:
         """The held-out loss, for bytes beside the one that a model must beat."""

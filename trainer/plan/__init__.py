@@ -1,0 +1,1 @@
+"""What a training step costs on a cluster, read off the program that XLA compiles for it."""
