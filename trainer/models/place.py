@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -152,6 +153,12 @@ class Place:
         """
         weight = self.gather(param, dtype)(param[...])
         return weight.reshape(shape) if shape else weight
+
+    def row_major(self, x: jax.Array) -> jax.Array:
+        """x and its gradient, laid out row by row, where XLA would choose otherwise (TPU)."""
+        if self.platform != "tpu":
+            return x
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
     def enter(self, x: jax.Array) -> jax.Array:
         """Before a projection whose outputs are split over `tensor`: gradients are summed."""

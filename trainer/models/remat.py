@@ -56,7 +56,21 @@ def lightly(part: Callable, remat: str) -> Callable:
     projections in them are linear. Without it, what is computed again for a layer stays until it is
     used, and that is up to six arrays [N, D] at a time.
     """
-    return jax.checkpoint(part) if remat == "full" or remat in _KEPT else part
+    if remat != "full" and remat not in _KEPT:
+        return part
+    return jax.checkpoint(lambda *args: part(*together(args)))
+
+
+@jax.custom_vjp
+def together(args: Any) -> Any:
+    """The arguments of a function; their gradients are computed together, at one time.
+
+    XLA puts off a weight's gradient until it is scattered, and keeps what it is computed from.
+    """
+    return args
+
+
+together.defvjp(lambda args: (args, None), lambda _, grads: (jax.lax.optimization_barrier(grads),))
 
 
 def _policy(remat: str) -> Callable[..., Any]:

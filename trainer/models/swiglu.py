@@ -73,6 +73,12 @@ class _Chunked:
         return self.wide.gather(wide_CDX), self.down.gather(down_XD)
 
 
+    def scatter_wide(self, gradient_CDX: jax.Array) -> jax.Array:
+        """Each of the two by itself: libtpu makes an all-reduce of a scatter of an inner dim."""
+        one = dataclasses.replace(self.wide, dims=self.wide.dims[1:])
+        return jnp.stack([one.scatter(gradient) for gradient in gradient_CDX])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu(how: _Chunked, x_ND: jax.Array, weights: _Weights) -> jax.Array:
     """The MLP chunk by chunk. Keeps its input alone for the backward pass.
@@ -115,7 +121,7 @@ def _swiglu_backward(
             "CNX,CDX->ND", dwide_CNX, wide_CDX, preferred_element_type=jnp.float32
         )
         return (dx_ND + more_ND).astype(x_ND.dtype), (
-            how.wide.scatter(jnp.einsum("ND,CNX->CDX", x_ND, dwide_CNX)),
+            how.scatter_wide(jnp.einsum("ND,CNX->CDX", x_ND, dwide_CNX)),
             how.down.scatter(jnp.einsum("ND,NX->XD", dy_ND, hidden_NX)),
         )
 

@@ -46,7 +46,9 @@ class Layer(nnx.Module):
 
     def __call__(self, x_ND: jax.Array, rope: Rope, batch: int, place: Place) -> jax.Array:
         """[N, D] to [N, D], where N is `batch` sequences one after the other."""
+        x_ND = place.row_major(x_ND)
         x_ND = x_ND + self.attention(x_ND, self.attention_norm, rope, batch, place)
+        x_ND = place.row_major(x_ND)
         x_ND = x_ND + self.mlp(self.mlp_norm(x_ND, place), place)
         return x_ND if place.is_local else over_batch_axes(x_ND, batch)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 # Bytes of an element; below one byte where XLA packs them.
@@ -21,6 +22,7 @@ _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _HEAD = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_END = re.compile(r"\}(, execution_thread=.*)?$")
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -96,13 +98,13 @@ def parse(text: str) -> Module:
     entry = ""
     current: dict[str, Instruction] | None = None
     name = root = ""
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if current is None:
             found = _COMPUTATION.match(line)
             if found and " = " not in line.split("(", 1)[0]:
                 current, name, root = {}, found[2], ""
                 entry = name if found[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             computations[name] = Computation(name, current, root or next(reversed(current), ""))
             current = None
         elif found := _HEAD.match(line):
@@ -110,6 +112,18 @@ def parse(text: str) -> Module:
             current[instruction.name] = instruction
             root = instruction.name if found[1] else root
     return Module(computations, entry, int(partitions[1]) if partitions else 1, _frames(text))
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines, each with what goes on in the next: Pallas kernels have notes of several lines."""
+    pending = ""
+    for line in text.splitlines():
+        new = line.startswith((" ", "%", "ENTRY")) or not line or _END.match(line)
+        if pending and (new or not pending.startswith(" ")):
+            yield pending
+            pending = ""
+        pending += line
+    yield pending
 
 
 def _instruction(name: str, rest: str) -> Instruction:
