@@ -45,7 +45,7 @@ class Attention(nnx.Module):
         self, x_ND: jax.Array, norm: RMSNorm, rope: Rope, batch: int, place: Place
     ) -> jax.Array:
         """[N, D] to [N, D], where N is `batch` sequences one after the other; normed by `norm`."""
-        N, D = x_ND.shape
+        N = x_ND.shape[0]
 
         def enter(x_ND: jax.Array, *weights: jax.Array) -> list[jax.Array]:
             normed_ND = place.enter(norm(x_ND, place))
@@ -63,11 +63,11 @@ class Attention(nnx.Module):
 
         enter, leave = (remat.lightly(part, self.remat) for part in (enter, leave))
         weights = (self.query_DQH, self.key_DKH, self.value_DKH)
-        projected = enter(x_ND, *(place.weight(weight, self.dtype, (D, -1)) for weight in weights))
+        projected = enter(x_ND, *(place.weight(weight, self.dtype, 1) for weight in weights))
         q_BQLH, k_BKMH, v_BKMH = (checkpoint_name(x, remat.QUERY_KEY_VALUE) for x in projected)
         kernel = choose_kernel(self.kernel, N // batch, self.width, self.dtype, place)
         out_BQLH = attend(q_BQLH, k_BKMH, v_BKMH, kernel)
-        out_ND = leave(out_BQLH, place.weight(self.out_QHD, self.dtype, (-1, D)))
+        out_ND = leave(out_BQLH, place.weight(self.out_QHD, self.dtype, 2))
         return checkpoint_name(out_ND, remat.ATTENTION_OUT)
 
 

@@ -9,9 +9,20 @@ import jax
 import jax.numpy as jnp
 
 
-def largest_divisor(size: int, limit: int) -> int:
-    """The largest divisor of `size` up to `limit` (at least 1)."""
-    return next(n for n in range(min(size, max(limit, 1)), 0, -1) if size % n == 0)
+def chunks(size: int, limit: int, align: int = 1) -> tuple[int, int]:
+    """Into how many chunks of which size to cut something up.
+
+    Args:
+      size: of all; together the chunks may be a little larger.
+      limit: of a chunk, before it is rounded up.
+      align: a chunk's size is a multiple of it, if there are several.
+    """
+    num = -(-size // limit)
+    if num <= 1:
+        return 1, size
+    each = -(-size // num)
+    each += -each % align
+    return -(-size // each), each
 
 
 def split_dim(x: jax.Array, dim: int, num: int) -> jax.Array:

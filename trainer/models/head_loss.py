@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from trainer.models.chunks import join_dim, scan_gathered, split_dim
+from trainer.models.chunks import chunks, join_dim, scan_gathered, split_dim
 from trainer.models.place import Gather
 from trainer.task import Loss
 
@@ -45,6 +45,7 @@ class HeadLoss:
       gather: how the weight travels.
       tensor: the mesh axis that splits the vocabulary, or None.
       z_loss: weight of logsumexp^2.
+      align: a chunk is a multiple of it.
     """
 
     chunk: int
@@ -52,6 +53,7 @@ class HeadLoss:
     gather: Gather
     tensor: str | None
     z_loss: float
+    align: int = 1
 
     def __call__(self, x_ND: jax.Array, head: jax.Array, targets_N: jax.Array) -> jax.Array:
         """The sum of the loss over N tokens, scalar float32, differentiable in x and head.
@@ -66,9 +68,9 @@ class HeadLoss:
     def shards(self, head: jax.Array) -> jax.Array:
         """The weight in chunks of the vocabulary, ready to travel: [C, D, X] or [C, X, D]."""
         size = head.shape[self.vocab_dim]
-        num = -(-size // self.chunk)
+        num, each = chunks(size, self.chunk, self.align)
         padding = [(0, 0), (0, 0)]
-        padding[self.vocab_dim] = (0, -size % num)
+        padding[self.vocab_dim] = (0, num * each - size)
         return split_dim(jnp.pad(head.astype(self.gather.dtype), padding), self.vocab_dim, num)
 
     def logits(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trainer.models.chunks import join_dim, largest_divisor, scan_gathered, split_dim
+from trainer.models.chunks import chunks, join_dim, scan_gathered, split_dim
 from trainer.models.place import Gather, Place
 from trainer.models.transformer_config import TransformerConfig
 from trainer.models.weights import make_weight, residual_fan_in
@@ -40,11 +40,8 @@ class MLP(nnx.Module):
         x_ND = place.enter(x_ND)
         F = self.gate_DF.get_value().shape[1]
         if self.chunk and self.chunk < F and place.is_local:
-            how = _Chunked(
-                F // largest_divisor(F, self.chunk),
-                place.gather(self.gate_DF, self.dtype).behind(1),
-                place.gather(self.down_FD, self.dtype),
-            )
+            num, size = chunks(F, self.chunk, place.align)
+            how = _Chunked(num, size, place.gather(self.gate_DF, self.dtype))
             weights = (self.gate_DF[...], self.up_DF[...], self.down_FD[...])
             return place.leave(_swiglu(how, x_ND, weights))
         gate_NF = jax.nn.silu(x_ND @ place.weight(self.gate_DF, self.dtype))
@@ -54,29 +51,40 @@ class MLP(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class _Chunked:
-    """In how many chunks, and how the weights [2, D, F] and [F, D] travel. Hashable."""
+    """How the MLP is cut up. Hashable.
+
+    A chunk of all three weights travels as one array [D, 3 X]: gate, up, and down transposed. Many
+    small arrays would be slower, and libtpu gathers very small shards by an all-reduce.
+
+    Attributes:
+      num: chunks, C.
+      size: of the width in each, X; the last one's may go beyond the weights and is filled with
+        zeros, which add nothing.
+      gather: how a chunk travels.
+    """
 
     num: int
-    wide: Gather
-    down: Gather
+    size: int
+    gather: Gather
 
-    def shards(self, weights: _Weights) -> tuple[jax.Array, jax.Array]:
-        """The weights' shards as [C, 2, D, X] (gate and up) and [C, X, D], ready to travel."""
+    def shards(self, weights: _Weights) -> jax.Array:
+        """The weights' shards as [C, D, 3 X] of the compute dtype."""
         # See Gather.gather about the barrier.
-        weights = jax.lax.optimization_barrier(weights)
-        gate_DF, up_DF, down_FD = (w.astype(self.wide.dtype) for w in weights)
-        return split_dim(jnp.stack([gate_DF, up_DF]), 2, self.num), split_dim(down_FD, 0, self.num)
+        gate_DF, up_DF, down_FD = jax.lax.optimization_barrier(weights)
+        parts = [
+            self.split(weight_DF.astype(self.gather.dtype))
+            for weight_DF in (gate_DF, up_DF, down_FD.T)
+        ]
+        return jnp.concatenate(parts, axis=2)
 
-    def gather(self, shards: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """One chunk, whole."""
-        wide_CDX, down_XD = shards
-        return self.wide.gather(wide_CDX), self.down.gather(down_XD)
+    def split(self, weight_DF: jax.Array) -> jax.Array:
+        """[D, F] as [C, D, X]."""
+        padding = self.num * self.size - weight_DF.shape[1]
+        return split_dim(jnp.pad(weight_DF, ((0, 0), (0, padding))), 1, self.num)
 
-
-    def scatter_wide(self, gradient_CDX: jax.Array) -> jax.Array:
-        """Each of the two by itself: libtpu makes an all-reduce of a scatter of an inner dim."""
-        one = dataclasses.replace(self.wide, dims=self.wide.dims[1:])
-        return jnp.stack([one.scatter(gradient) for gradient in gradient_CDX])
+    def join(self, parts_CDX: jax.Array, like_DF: jax.Array) -> jax.Array:
+        """What `split` took apart, of the shape and dtype of another."""
+        return join_dim(parts_CDX, 1)[:, : like_DF.shape[1]].astype(like_DF.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -88,15 +96,15 @@ def _swiglu(how: _Chunked, x_ND: jax.Array, weights: _Weights) -> jax.Array:
       x_ND: [N, D], of the compute dtype.
       weights: this device's shards.
     """
+    X = how.size
 
-    def use(sum_ND: jax.Array, whole: Any, number: jax.Array) -> tuple[jax.Array, None]:
+    def use(sum_ND: jax.Array, whole_DY: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
         del number
-        wide_CDX, down_XD = whole
-        hidden_NX = _gated(jnp.einsum("ND,CDX->CNX", x_ND, wide_CDX))
-        return sum_ND + _dot32(hidden_NX, down_XD), None
+        hidden_NX = _gated(x_ND @ whole_DY[:, : 2 * X])
+        return sum_ND + _dot32(hidden_NX, whole_DY[:, 2 * X :].T), None
 
     zeros_ND = jnp.zeros(x_ND.shape, jnp.float32)
-    sum_ND, _ = scan_gathered(use, zeros_ND, how.shards(weights), how.gather)
+    sum_ND, _ = scan_gathered(use, zeros_ND, how.shards(weights), how.gather.gather)
     return sum_ND.astype(x_ND.dtype)
 
 
@@ -110,38 +118,35 @@ def _swiglu_backward(
     how: _Chunked, kept: tuple[jax.Array, _Weights], dy_ND: jax.Array
 ) -> tuple[jax.Array, _Weights]:
     x_ND, weights = kept
+    X = how.size
 
-    def use(dx_ND: jax.Array, whole: Any, number: jax.Array) -> tuple[jax.Array, Any]:
+    def use(dx_ND: jax.Array, whole_DY: jax.Array, number: jax.Array) -> tuple[jax.Array, Any]:
         del number
-        wide_CDX, down_XD = whole
-        hidden_NX, pull_back = jax.vjp(_gated, jnp.einsum("ND,CDX->CNX", x_ND, wide_CDX))
-        (dwide_CNX,) = pull_back(dy_ND @ down_XD.T)
-        # One product for gate and up: with two, XLA keeps a float32 sum between them.
-        more_ND = jnp.einsum(
-            "CNX,CDX->ND", dwide_CNX, wide_CDX, preferred_element_type=jnp.float32
-        )
-        return (dx_ND + more_ND).astype(x_ND.dtype), (
-            how.scatter_wide(jnp.einsum("ND,CNX->CDX", x_ND, dwide_CNX)),
-            how.down.scatter(jnp.einsum("ND,NX->XD", dy_ND, hidden_NX)),
-        )
+        wide_DY, down_DX = whole_DY[:, : 2 * X], whole_DY[:, 2 * X :]
+        hidden_NX, pull_back = jax.vjp(_gated, x_ND @ wide_DY)
+        (dwide_NY,) = pull_back(dy_ND @ down_DX)
+        # Gate and up in one product: with two, XLA keeps a float32 sum between them.
+        dx_ND = (dx_ND + _dot32(dwide_NY, wide_DY.T)).astype(x_ND.dtype)
+        gradient_DY = jnp.concatenate([x_ND.T @ dwide_NY, dy_ND.T @ hidden_NX], axis=1)
+        return dx_ND, how.gather.scatter(gradient_DY)
 
     # Summed in float32, rounded for each chunk: a float32 sum would cost as much as two activations.
     zeros_ND = jnp.zeros(x_ND.shape, x_ND.dtype)
-    dx_ND, (dwide, ddown) = scan_gathered(use, zeros_ND, how.shards(weights), how.gather)
-    joined = (*join_dim(dwide, 2), join_dim(ddown, 0))
-    like = zip(joined, weights, strict=True)
-    dgate_DF, dup_DF, ddown_FD = (gradient.astype(weight.dtype) for gradient, weight in like)
-    gradients = (dx_ND, (dgate_DF, dup_DF, ddown_FD))
+    dx_ND, gradients_CDY = scan_gathered(use, zeros_ND, how.shards(weights), how.gather.gather)
+    gate_DF, up_DF, down_FD = weights
+    dgate, dup, ddown = jnp.split(gradients_CDY, 3, axis=2)
+    gradients = (how.join(dgate, gate_DF), how.join(dup, up_DF), how.join(ddown, down_FD.T).T)
     # All of it now: else XLA puts the last chunk's off, and keeps what they need meanwhile.
-    return jax.lax.optimization_barrier(gradients)
+    return jax.lax.optimization_barrier((dx_ND, gradients))
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def _gated(wide_CNX: jax.Array) -> jax.Array:
-    """[2, N, X], gate and up, to [N, X]."""
-    return jax.nn.silu(wide_CNX[0]) * wide_CNX[1]
+def _gated(wide_NY: jax.Array) -> jax.Array:
+    """[N, 2 X], gate and up, to [N, X]."""
+    gate_NX, up_NX = jnp.split(wide_NY, 2, axis=1)
+    return jax.nn.silu(gate_NX) * up_NX
 
 
 def _dot32(x: jax.Array, y: jax.Array) -> jax.Array:

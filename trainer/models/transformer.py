@@ -111,6 +111,7 @@ class Transformer(nnx.Module):
             gather=place.gather(head, config.dtype),
             tensor=place.tensor,
             z_loss=config.z_loss,
+            align=place.align,
         )
         x_ND = self._hidden(tokens_BL, place)
         return head_loss(x_ND, head[...], targets_BL.reshape(-1).astype(jnp.int32))

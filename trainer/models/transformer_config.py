@@ -46,9 +46,8 @@ class TransformerConfig:
       z_loss: weight of logsumexp(logits)^2 in the loss, which keeps logits near zero.
       attention: the kernel: `splash` (TPU), `cudnn` (GPU), `xla` (plain, anywhere), or `auto`: the
         platform's own wherever it can compute these shapes.
-      mlp_chunk: how much of the MLP's width is computed at a time, to save memory: the largest
-        divisor up to this of a device's part of mlp_dim; 0 for all. Chunks are computed again in
-        the backward pass, whatever `remat` says.
+      mlp_chunk: how much of a device's part of the MLP's width is computed at a time, to save
+        memory; 0 for all. Chunks are computed again in the backward pass, whatever `remat` says.
       loss_chunk: how many entries of the vocabulary have their logits computed at a time; all, if
         there are no more. Chunks cost a second pass over the head, and save the logits' memory.
     """
