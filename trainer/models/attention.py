@@ -5,9 +5,6 @@ Shapes as in `trainer.models.transformer`. All take queries that come scaled by 
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,8 +18,7 @@ from trainer.models.transformer_config import TransformerConfig
 from trainer.models.weights import RMSNorm, make_weight, residual_fan_in
 
 _MIN_CHUNK = 64  # Queries per block of attention; smaller ones cost more in calls than they save.
-_LANES = 128  # Splash attention wants heads and blocks of multiples of it.
-_BLOCKS = (512, 256, 128)  # Of queries and keys; the largest that divides L.
+_LANES = 128  # Splash attention wants heads and sequences of multiples of it.
 
 
 class Attention(nnx.Module):
@@ -121,6 +117,9 @@ def attend(q_BQLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, kernel: str)
       [B, Q, L, H], of the values' dtype.
     """
     if kernel == "splash":
+        # Here: Pallas takes 0.3 s to import, and only TPUs have a use for it.
+        from trainer.models.splash import splash_attention
+
         return splash_attention(q_BQLH, k_BKMH, v_BKMH)
     if kernel == "cudnn":
         q_BLQH, k_BMKH, v_BMKH = (x.transpose(0, 2, 1, 3) for x in (q_BQLH, k_BKMH, v_BKMH))
@@ -132,64 +131,6 @@ def attend(q_BQLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, kernel: str)
     K = k_BKMH.shape[1]
     out_BKGLH = causal_attention(q_BQLH.reshape(B, K, Q // K, L, H), k_BKMH, v_BKMH)
     return checkpoint_name(out_BKGLH.reshape(B, Q, L, H), remat.ATTENTION)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def splash_attention(
-    q_BQLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, interpret: bool = False
-) -> jax.Array:
-    """`attend` by JAX's Pallas kernel for TPUs; `interpret` runs it anywhere, slowly.
-
-    Its output and the scores' logsumexp are named for policies of what to keep: with both at hand
-    the backward pass needs no forward pass of its own.
-    """
-    kernel = _splash_kernel(q_BQLH.shape[1], q_BQLH.shape[2], interpret)
-    return jax.vmap(kernel)(q_BQLH, k_BKMH, v_BKMH)
-
-
-def _splash_forward(
-    q_BQLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, interpret: bool
-) -> tuple[jax.Array, Any]:
-    kernel = _splash_kernel(q_BQLH.shape[1], q_BQLH.shape[2], interpret)
-    out_BQLH, pull_back = jax.vjp(jax.vmap(kernel), q_BQLH, k_BKMH, v_BKMH)
-    # The kernel writes each logsumexp 128 times over. Unless told to take its one right away, XLA
-    # keeps them all (268 MB for 16,384 tokens of 32 heads) until the backward pass wants it.
-    return jax.lax.optimization_barrier((out_BQLH, pull_back))
-
-
-def _splash_backward(interpret: bool, pull_back: Any, dout_BQLH: jax.Array) -> Any:
-    del interpret
-    return pull_back(dout_BQLH)
-
-
-splash_attention.defvjp(_splash_forward, _splash_backward)
-
-
-def _splash_kernel(num_heads: int, length: int, interpret: bool) -> jax.tree_util.Partial:
-    """The kernel for one sequence: [Q, L, H], [K, L, H], [K, L, H] to [Q, L, H]."""
-    # Here: Pallas takes 0.3 s to import, and only TPUs have a use for it.
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    block = next(block for block in _BLOCKS if length % block == 0)
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
-    causal = splash.CausalMask((length, length))
-    return splash.make_splash_mha(
-        splash.MultiHeadMask([causal] * num_heads),
-        head_shards=1,
-        q_seq_shards=1,
-        block_sizes=sizes,
-        residual_checkpoint_name=remat.ATTENTION,
-        interpret=interpret,
-    )
 
 
 def causal_attention(q_BKGLH: jax.Array, keys_BKMH: jax.Array, values_BKMH: jax.Array) -> jax.Array:

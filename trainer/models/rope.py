@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,25 @@ class Rope(NamedTuple):
 
     def turn(self, x_LH: jax.Array, scale: float = 1.0) -> jax.Array:
         """Turn [..., L, H] and scale it, in float32; the dtype stays."""
-        first, second = jnp.split(x_LH.astype(jnp.float32), 2, axis=-1)
-        cos_LX, sin_LX = self.cos_LX * scale, self.sin_LX * scale
-        turned = [first * cos_LX - second * sin_LX, second * cos_LX + first * sin_LX]
-        return jnp.concatenate(turned, axis=-1).astype(x_LH.dtype)
+        return _turn(self, x_LH, scale, 1.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _turn(rope: Rope, x_LH: jax.Array, scale: float, direction: float) -> jax.Array:
+    """Turn by direction (1 or -1) times the angles."""
+    first, second = jnp.split(x_LH, 2, axis=-1)
+    cos_LX, sin_LX = rope.cos_LX * scale, rope.sin_LX * (scale * direction)
+    # Halves are cast one by one: XLA on TPU would write all of x out in float32.
+    first32, second32 = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = [
+        (first32 * cos_LX - second32 * sin_LX).astype(x_LH.dtype),
+        (second32 * cos_LX + first32 * sin_LX).astype(x_LH.dtype),
+    ]
+    return jnp.concatenate(turned, axis=-1)
+
+
+# A turn is linear, and its transpose is the turn back.
+_turn.defvjp(
+    lambda rope, x_LH, scale, direction: (_turn(rope, x_LH, scale, direction), rope),
+    lambda scale, direction, rope, dx_LH: (None, _turn(rope, dx_LH, scale, -direction)),
+)
