@@ -24,7 +24,7 @@ from launch.spec import (
     plain,
     train_spec,
 )
-from trainer import storage
+from trainer import storage, xla_flags
 from trainer.command_line import parse_flags
 from trainer.exit import run_main
 
@@ -102,6 +102,7 @@ def main() -> None:
     def program() -> int:
         # Before anything is imported that takes long: whoever never gets here stands out.
         contract.report_progress(0, "init")
+        xla_flags.put(os.environ)  # Before anything imports jax, as a config file might.
         loaded = load_config("config", sys.argv[1:])
         return app_run(loaded.config, [sys.argv[0], *loaded.rest])
 

@@ -37,6 +37,7 @@ class StateLayout:
       gradients: the shardings that gradients are reduced to, one per trained leaf of the model:
         those of optimizer state of their shape.
       optimizer_axes: mesh axes that split the optimizer's state besides those of its params.
+      rules: logical axis -> mesh axis, of the params.
       create: makes (model, optimizer) anew; only to be traced.
     """
 
@@ -48,6 +49,7 @@ class StateLayout:
     params: frozenset[str]
     gradients: list[NamedSharding]
     optimizer_axes: tuple[str, ...]
+    rules: Mapping[str, sharding.MeshAxes]
     create: Callable[[], tuple[nnx.Module, nnx.Optimizer]]
 
     @property
@@ -126,6 +128,7 @@ def make_layout(
         params=frozenset(f"model.{path}" for path in of_params),
         gradients=[NamedSharding(mesh, layout.spec) for layout in of_params.values()],
         optimizer_axes=optimizer_axes,
+        rules=rules,
         create=create,
     )
 

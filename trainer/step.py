@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from launch.spec import BATCH_AXES
-from trainer import compile_cache
+from trainer import compile_cache, target
 from trainer.task import Batch, Loss, Task
 from trainer.transforms import SkipState, find_state
 
@@ -149,7 +149,11 @@ def compile_step(
     jitted = jax.jit(step, out_shardings=out_shardings, **jit_options)
     # The mesh in context is for models that pin their activations. It must not make NNX shard
     # variables on its own account while modules are put together.
-    with nnx.use_eager_sharding(False), jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
+    with (
+        nnx.use_eager_sharding(False),
+        jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh),
+        target.tracing_for(layout.mesh, layout.rules),
+    ):
         lowered = jitted.lower(list(layout.abstract), batch)
     check(lowered)
     with compile_cache.written_by_all():

@@ -14,12 +14,13 @@ from trainer.data.feed import Feed
 from trainer.data.records import write_token_records
 from trainer.ledger import make_ledger
 from trainer.mesh import make_mesh
+from trainer.models.head_loss import token_loss
 from trainer.optimizer import make_optimizer
 from trainer.sharding import make_rules
 from trainer.state import make_layout
 from trainer.step import compile_train_step, make_train_step
 from trainer.task import load_task
-from trainer.tasks.language_model import LanguageModel, printable, sample, token_loss
+from trainer.tasks.language_model import LanguageModel, printable, sample
 
 MODEL = {"vocab_size": 256, "dim": 32, "num_layers": 1, "mlp_dim": 64}
 MODEL |= {"num_heads": 4, "num_kv_heads": 2}
@@ -90,8 +91,8 @@ def test_targets_are_the_inputs_moved_by_one():
     class Echo:
         """Is sure that each token's successor is the token plus one."""
 
-        def __call__(self, tokens):
-            return 50.0 * jax.nn.one_hot(tokens + 1, 256)
+        def loss(self, tokens, targets):
+            return token_loss(50.0 * jax.nn.one_hot(tokens + 1, 256), targets)
 
     rising = jnp.arange(24, dtype=jnp.uint8).reshape(2, 12)
     loss = LanguageModel(MODEL, DATA).loss(Echo(), {"tokens": rising})

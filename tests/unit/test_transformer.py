@@ -8,7 +8,9 @@ import pytest
 from flax import nnx
 
 from launch.spec import ConfigError, build
-from trainer.models.transformer import Rope, Transformer, causal_attention
+from trainer.models.attention import causal_attention
+from trainer.models.rope import Rope
+from trainer.models.transformer import Transformer
 from trainer.models.transformer_config import TransformerConfig
 from trainer.sharding import DEFAULT_RULES
 

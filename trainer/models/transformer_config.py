@@ -16,6 +16,9 @@ _POLICIES = (
     "everything_saveable",
     "nothing_saveable",
 )
+# Our own, of trainer/models/remat.py.
+REMAT_POLICIES = ("keep_attention", "keep_qkv", "keep_all_but_mlp")
+_KERNELS = ("auto", "splash", "cudnn", "xla")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +41,15 @@ class TransformerConfig:
       scan_layers: stack the layers' parameters and scan over them: one layer is compiled instead
         of all, for about 10% of the speed on CPU.
       remat: what a layer keeps for its backward pass: `none` (remat off, all is kept), `full`
-        (only its input), or a policy of `jax.checkpoint_policies` by name.
+        (only its input), `keep_attention`, `keep_qkv` or `keep_all_but_mlp` (see
+        trainer/models/remat.py), or a policy of `jax.checkpoint_policies` by name.
       z_loss: weight of logsumexp(logits)^2 in the loss, which keeps logits near zero.
+      attention: the kernel: `splash` (TPU), `cudnn` (GPU), `xla` (plain, anywhere), or `auto`: the
+        platform's own wherever it can compute these shapes.
+      mlp_chunk: how much of a device's part of the MLP's width is computed at a time, to save
+        memory; 0 for all. Chunks are computed again in the backward pass, whatever `remat` says.
+      loss_chunk: how many entries of the vocabulary have their logits computed at a time; all, if
+        there are no more. Chunks cost a second pass over the head, and save the logits' memory.
     """
 
     vocab_size: int
@@ -57,6 +67,9 @@ class TransformerConfig:
     scan_layers: bool = False
     remat: str = "none"
     z_loss: float = 0.0
+    attention: str = "auto"
+    mlp_chunk: int = 0
+    loss_chunk: int = 4096
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "mlp_dim", "kv_heads"):
@@ -87,8 +100,14 @@ class TransformerConfig:
         for name in ("param_dtype", "dtype"):
             value = getattr(self, name)
             require(value in _DTYPES, name, value, closest(value, _DTYPES))
-        known = ("none", "full", *_POLICIES)
+        known = ("none", "full", *REMAT_POLICIES, *_POLICIES)
         require(self.remat in known, "remat", self.remat, closest(self.remat, known))
+        known = _KERNELS
+        require(
+            self.attention in known, "attention", self.attention, closest(self.attention, known)
+        )
+        require(self.mlp_chunk >= 0, "mlp_chunk", self.mlp_chunk, "must be 0 (all) or more")
+        require(self.loss_chunk >= 1, "loss_chunk", self.loss_chunk, "must be at least 1")
         require(self.rope_base > 1, "rope_base", self.rope_base, "must be more than 1")
         require(self.norm_epsilon > 0, "norm_epsilon", self.norm_epsilon, "must be more than 0")
         require(self.z_loss >= 0, "z_loss", self.z_loss, "must be 0 (off) or more")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 # Bytes of an element; below one byte where XLA packs them.
@@ -96,7 +97,7 @@ def parse(text: str) -> Module:
     entry = ""
     current: dict[str, Instruction] | None = None
     name = root = ""
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if current is None:
             found = _COMPUTATION.match(line)
             if found and " = " not in line.split("(", 1)[0]:
@@ -113,6 +114,18 @@ def parse(text: str) -> Module:
             last = next(reversed(current))
             current[last] = current[last]._replace(attributes=current[last].attributes + line)
     return Module(computations, entry, int(partitions[1]) if partitions else 1, _frames(text))
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines, each with what goes on in the next: Pallas kernels have notes of several lines."""
+    pending = ""
+    for line in text.splitlines():
+        new = line.startswith((" ", "%", "ENTRY")) or not line or _END.match(line)
+        if pending and (new or not pending.startswith(" ")):
+            yield pending
+            pending = ""
+        pending += line
+    yield pending
 
 
 def _instruction(name: str, rest: str) -> Instruction:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from trainer.plan.hlo import Computation, Instruction, Module
 
 _CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
+_CALLED = re.compile(r"\bcalled_computations=\{([^}]*)\}")
 _TO_APPLY = re.compile(r"\bto_apply=%?([\w.\-]+)")
 _BRANCHES = re.compile(
     r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))"
@@ -124,6 +125,9 @@ def called(instruction: Instruction) -> Iterator[str]:
         yield _attribute(instruction, "body")
     elif opcode in ("fusion", "async-start"):
         yield from _CALLS.findall(text)
+    elif opcode == "custom-call-start":  # What runs beside the rest on a SparseCore.
+        for many in _CALLED.findall(text):
+            yield from [name.strip().lstrip("%") for name in many.split(",")]
     elif opcode == "call":
         yield from _TO_APPLY.findall(text)
     elif opcode == "conditional":

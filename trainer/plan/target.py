@@ -11,6 +11,7 @@ from typing import Any
 from launch.errors import ConfigError
 from launch.spec import Cluster
 from launch.topology import CHIPS, Chip
+from trainer import xla_flags
 
 # libtpu refuses more than one process that has loaded it, unless told; it logs to /tmp; and away
 # from Google's network it says at length that it is not there.
@@ -148,3 +149,4 @@ def prepare_environment(num_cpu_devices: int, env: Mapping[str, str]) -> None:
     for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS"):
         if name in env:
             os.environ[name] = env[name]
+    xla_flags.put(os.environ, has_gpu=False)  # As the run itself will.

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from launch.spec import AXES, MeshSpec, TrainSpec
+from trainer import target
 from trainer.prepare import prepare
 from trainer.sharding import as_tuple
 from trainer.state import StateLayout
@@ -125,7 +126,11 @@ def _traced(task: Task, layout: StateLayout, number: int, halved: bool) -> _Figu
         return pull_back(params, rest, batch)(np.float32(1.0))
 
     # As `trainer.step.compile_step` has it.
-    with nnx.use_eager_sharding(False), jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
+    with (
+        nnx.use_eager_sharding(False),
+        jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh),
+        target.tracing_for(layout.mesh, layout.rules),
+    ):
         forward = jax.make_jaxpr(pull_back)(params, rest, batch).jaxpr
         whole = jax.make_jaxpr(gradient)(params, rest, batch).jaxpr
     # Weights' gradients, whole or a layer's, are counted with the weights.

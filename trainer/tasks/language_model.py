@@ -87,8 +87,7 @@ class LanguageModel(Task):
           batch: `tokens` [B, L + 1] integers: L inputs, and the same moved by one as targets.
         """
         tokens = batch["tokens"].astype(jnp.int32)
-        logits_BLV = model(tokens[:, :-1])
-        return token_loss(logits_BLV, tokens[:, 1:], self.model.z_loss)
+        return model.loss(tokens[:, :-1], tokens[:, 1:])
 
     def train_data(self, seed: int) -> grain.MapDataset:
         """Shuffled anew every epoch, for ever: elements are `{'tokens': [seq_len + 1]}`."""
@@ -201,19 +200,6 @@ class LanguageModel(Task):
         if self.data.kind != "bytes":
             return "the model's own tokens: " + " ".join(str(token) for token in tokens)
         return "the model's own text:\n" + printable(tokens)
-
-
-def token_loss(logits_BLV: jax.Array, targets_BL: jax.Array, z_loss: float = 0.0) -> Loss:
-    """Cross entropy + z_loss * logsumexp^2, summed over [B, L] tokens, in float32 nats."""
-    logits_BLV = logits_BLV.astype(jnp.float32)
-    log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-    # A select and a sum instead of a gather, whose gradient would be a scatter: they fuse.
-    is_target_BLV = jnp.arange(logits_BLV.shape[-1]) == targets_BL[..., None]
-    target_logit_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
-    loss_BL = log_z_BL - target_logit_BL
-    if z_loss:
-        loss_BL += z_loss * jnp.square(log_z_BL)
-    return Loss(jnp.sum(loss_BL), jnp.asarray(targets_BL.size, jnp.float32))
 
 
 def sample(
