@@ -17,15 +17,18 @@ TINY_LM: dict[str, Any] = {
     "num_steps": 10,
     "global_batch_size": 32,
     "model": {
-        "vocab_size": 512,
-        "dim": 256,
+        # Gradients travel in rows of multiples of 512, also where `tensor` splits them in two.
+        "vocab_size": 1024,
+        "dim": 512,
         "num_layers": 2,
-        "num_heads": 4,
+        "num_heads": 8,
+        "head_dim": 128,
         "mlp_dim": 1024,
         "tied_head": False,
         "dtype": "bfloat16",
         "scan_layers": True,
         "remat": "full",
+        "attention": "xla",  # Kernels take longer to compile, and move nothing.
     },
     "data": {"kind": "array_record", "path": "nowhere", "seq_len": 128},
     "optimizer": {"chain": ("adamw",), "adamw": {"learning_rate": 1e-3}},

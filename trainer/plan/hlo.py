@@ -22,6 +22,7 @@ _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _HEAD = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_END = re.compile(r"\}(, execution_thread=.*)?$")
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -103,16 +104,13 @@ def parse(text: str) -> Module:
             if found and " = " not in line.split("(", 1)[0]:
                 current, name, root = {}, found[2], ""
                 entry = name if found[1] else entry
-        elif line.rstrip() == "}":  # A Pallas kernel's attributes have lines that begin so.
+        elif _END.match(line):
             computations[name] = Computation(name, current, root or next(reversed(current), ""))
             current = None
         elif found := _HEAD.match(line):
             instruction = _instruction(found[2], line[found.end() :])
             current[instruction.name] = instruction
             root = instruction.name if found[1] else root
-        elif current:  # More of a kernel's attributes.
-            last = next(reversed(current))
-            current[last] = current[last]._replace(attributes=current[last].attributes + line)
     return Module(computations, entry, int(partitions[1]) if partitions else 1, _frames(text))
 
 
