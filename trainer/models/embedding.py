@@ -11,9 +11,7 @@ from trainer.models.place import Gather
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def look_up(
-    gather: Gather, tensor: str | None, table: jax.Array, tokens_N: jax.Array
-) -> jax.Array:
+def look_up(gather: Gather, tensor: str | None, table: jax.Array, tokens_N: jax.Array) -> jax.Array:
     """The rows of the tokens, [N, D] of `gather.dtype`; of one outside the table they are NaN.
 
     Args:

@@ -88,9 +88,7 @@ class HeadLoss:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head_loss(
-    how: HeadLoss, x_ND: jax.Array, head: jax.Array, targets_N: jax.Array
-) -> jax.Array:
+def _head_loss(how: HeadLoss, x_ND: jax.Array, head: jax.Array, targets_N: jax.Array) -> jax.Array:
     log_z_N, target_logit_N = _first_pass(how, x_ND, head, targets_N)
     return _total(how, log_z_N, target_logit_N)
 

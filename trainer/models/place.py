@@ -64,8 +64,7 @@ class Gather:
 
     def gather(self, shard: jax.Array) -> jax.Array:
         """Cast and gather."""
-        # Behind the barrier: XLA would cast the weights of all layers in front of the loop over them.
-        weight = jax.lax.optimization_barrier(shard).astype(self.dtype)
+        weight = shard.astype(self.dtype)
         for dim, axes in enumerate(self.dims):
             for axis in reversed(axes):
                 for groups in self._steps(axis):

@@ -69,13 +69,10 @@ class _Chunked:
 
     def shards(self, weights: _Weights) -> jax.Array:
         """The weights' shards as [C, D, 3 X] of the compute dtype."""
-        # See Gather.gather about the barrier.
-        gate_DF, up_DF, down_FD = jax.lax.optimization_barrier(weights)
-        parts = [
-            self.split(weight_DF.astype(self.gather.dtype))
-            for weight_DF in (gate_DF, up_DF, down_FD.T)
-        ]
-        return jnp.concatenate(parts, axis=2)
+        gate_DF, up_DF, down_FD = weights
+        parts = [self.split(weight_DF) for weight_DF in (gate_DF, up_DF, down_FD.T)]
+        # Cast last: what is cast first, XLA casts for all layers in front of the loop over them.
+        return jnp.concatenate(parts, axis=2).astype(self.gather.dtype)
 
     def split(self, weight_DF: jax.Array) -> jax.Array:
         """[D, F] as [C, D, X]."""

@@ -103,7 +103,9 @@ class TransformerConfig:
         known = ("none", "full", *REMAT_POLICIES, *_POLICIES)
         require(self.remat in known, "remat", self.remat, closest(self.remat, known))
         known = _KERNELS
-        require(self.attention in known, "attention", self.attention, closest(self.attention, known))
+        require(
+            self.attention in known, "attention", self.attention, closest(self.attention, known)
+        )
         require(self.mlp_chunk >= 0, "mlp_chunk", self.mlp_chunk, "must be 0 (all) or more")
         require(self.loss_chunk >= 1, "loss_chunk", self.loss_chunk, "must be at least 1")
         require(self.rope_base > 1, "rope_base", self.rope_base, "must be more than 1")
