@@ -1,4 +1,4 @@
-"""On a mesh every device computes its part of the loss, and the gradients are those of the whole."""
+"""Every device of a mesh computes its part of the loss; the gradients are those of the whole."""
 
 import types
 

@@ -20,7 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trainer.models.place import GATHERED, Place
+from trainer.models.gather import GATHERED
+from trainer.models.place import Place
 from trainer.models.transformer_config import REMAT_POLICIES
 
 # Names of what a layer computes, for the policies below.

@@ -102,10 +102,8 @@ class TransformerConfig:
             require(value in _DTYPES, name, value, closest(value, _DTYPES))
         known = ("none", "full", *REMAT_POLICIES, *_POLICIES)
         require(self.remat in known, "remat", self.remat, closest(self.remat, known))
-        known = _KERNELS
-        require(
-            self.attention in known, "attention", self.attention, closest(self.attention, known)
-        )
+        hint = closest(self.attention, _KERNELS)
+        require(self.attention in _KERNELS, "attention", self.attention, hint)
         require(self.mlp_chunk >= 0, "mlp_chunk", self.mlp_chunk, "must be 0 (all) or more")
         require(self.loss_chunk >= 1, "loss_chunk", self.loss_chunk, "must be at least 1")
         require(self.rope_base > 1, "rope_base", self.rope_base, "must be more than 1")
