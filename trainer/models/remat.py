@@ -2,6 +2,8 @@
 
 `config.model.remat` names a policy. From the least memory to the most, see docs/step.md:
 
+    least               as `full`, and while the MLP's gradients are computed not even queries, keys
+                        and values: their projections are computed a third time
     full                nothing but the layer's input
     keep_attention      the attention kernel's output and logsumexp: it is not run again
     keep_qkv            also queries, keys and values: none of their projections are computed again
@@ -30,11 +32,13 @@ ATTENTION = "attention"
 ATTENTION_OUT = "attention_out"
 
 _KEPT = {
+    "least": (),
+    "full": (),
     "keep_attention": (ATTENTION,),
     "keep_qkv": (ATTENTION, QUERY_KEY_VALUE),
     "keep_all_but_mlp": (ATTENTION, QUERY_KEY_VALUE, ATTENTION_OUT),
 }
-assert set(_KEPT) == set(REMAT_POLICIES)
+assert set(_KEPT) == {*REMAT_POLICIES}
 
 
 def rematerialized(apply: Callable, remat: str, place: Place, *, prevent_cse: bool) -> Callable:
@@ -58,9 +62,16 @@ def lightly(part: Callable, remat: str) -> Callable:
     projections in them are linear. Without it, what is computed again for a layer stays until it is
     used, and that is up to six arrays [N, D] at a time.
     """
-    if remat != "full" and remat not in _KEPT:
+    if remat not in _KEPT:
         return part
     return jax.checkpoint(lambda *args: part(*together(args)))
+
+
+def without_projections(attended: Callable, remat: str) -> Callable:
+    """Attention from its input to its output; under `least` it keeps the output and logsumexp."""
+    if remat != "least":
+        return attended
+    return jax.checkpoint(attended, policy=jax.checkpoint_policies.save_only_these_names(ATTENTION))
 
 
 @jax.custom_vjp
@@ -90,8 +101,6 @@ def cast_in_loop(state: Any, x_ND: jax.Array) -> Any:
 
 def _policy(remat: str) -> Callable[..., Any]:
     policies = jax.checkpoint_policies
-    if remat == "full":
-        return policies.nothing_saveable
     if remat in _KEPT:
         return policies.save_only_these_names(*_KEPT[remat])
     policy = getattr(policies, "everything_saveable" if remat == "none" else remat)
