@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "bfloat16"  # of matmuls and activations; params are float32
     config.model.scan_layers = True
     config.model.remat = "full"  # see docs/step.md for what more memory buys
-    config.model.mlp_chunk = 1792  # of the MLP's width computed at a time; 0: all
+    config.model.mlp_chunk = 1024  # of the MLP's width computed at a time; 0: all
     config.model.loss_chunk = 4096  # of the vocabulary
     config.model.z_loss = 0.0
     return config

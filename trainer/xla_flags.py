@@ -1,9 +1,9 @@
 """Compiler flags per platform, in one table; free of jax, since they must be set before it starts.
 
 `trainer.main` and whoever plans call `put` on their environment. What the user has set stays: a
-flag of the same name in `LIBTPU_INIT_ARGS` or `XLA_FLAGS` is left alone. A flag that a compiler does
-not know ends the process, so the table holds few: each was seen to change the compiled program
-(libtpu 0.0.42.1 and 0.0.52), or is long established.
+flag of the same name in `LIBTPU_INIT_ARGS` or `XLA_FLAGS` is left alone. A flag that a compiler
+does not know ends the process, so the table holds few: each was seen to change the compiled
+program (libtpu 0.0.42.1 and 0.0.52), or is long established.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trainer.models.gather import Gather
 from trainer.models.head_loss import HeadLoss, token_loss
-from trainer.models.place import Gather
 
 N, D, V = 6, 4, 37
 

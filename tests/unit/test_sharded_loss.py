@@ -1,4 +1,6 @@
-"""On a mesh every device computes its part of the loss, and the gradients are those of the whole."""
+"""Every device of a mesh computes its part of the loss; the gradients are those of the whole."""
+
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +14,13 @@ from trainer import target
 from trainer.mesh import make_mesh
 from trainer.sharding import make_rules
 
-BIG = {"vocab_size": 36, "num_kv_heads": 2, "loss_chunk": 8}  # Chunks that do not divide 36 / 2.
-MESHES = {
-    "fsdp": {"fsdp": 4},
-    "everything": {"data": 2, "fsdp": 2, "tensor": 2},
-}
+BIG = {"vocab_size": 36, "num_kv_heads": 2, "loss_chunk": 8}  # Chunks do not divide 36 / 2.
+FSDP, EVERYTHING = {"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}
+SCANNED = {"scan_layers": True, "num_layers": 2}
 KINDS = {
-    "tied": {"z_loss": 0.01},
-    "chunked, scanned": {
-        "tied_head": False,
-        "scan_layers": True,
-        "mlp_chunk": 5,
-        "remat": "keep_qkv",
-    },
+    "tied, everything": ({"z_loss": 0.01, "num_layers": 1}, EVERYTHING),
+    "untied, everything": ({"tied_head": False, "mlp_chunk": 5, "num_layers": 1}, EVERYTHING),
+    "scanned, fsdp": ({**SCANNED, "mlp_chunk": 5, "remat": "keep_qkv"}, FSDP),
 }
 
 
@@ -53,15 +49,46 @@ def loss_and_grads(model, tokens, spec=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_are_the_same_on_a_mesh(kind):
-    changes = {**BIG, **KINDS[kind]}
+    changes, spec = KINDS[kind]
     tokens = jnp.asarray(np.random.default_rng(1).integers(36, size=(8, 9)))
     plain = {"loss_chunk": 4096, "mlp_chunk": 0, "remat": "none"}
-    value, grads = loss_and_grads(make(**{**changes, **plain}), tokens)
-    for name, spec in MESHES.items():
-        other, other_grads = loss_and_grads(make(**changes), tokens, spec)
-        np.testing.assert_allclose(other, value, rtol=1e-6, err_msg=name)
-        expected = dict(nnx.to_flat_state(grads))
-        for path, grad in nnx.to_flat_state(other_grads):
-            np.testing.assert_allclose(
-                grad[...], expected[path][...], atol=1e-6, err_msg=f"{name} {path}"
-            )
+    value, grads = loss_and_grads(make(**{**BIG, **changes, **plain}), tokens)
+    other, other_grads = loss_and_grads(make(**{**BIG, **changes}), tokens, spec)
+    np.testing.assert_allclose(other, value, rtol=1e-6)
+    expected = dict(nnx.to_flat_state(grads))
+    for path, grad in nnx.to_flat_state(other_grads):
+        np.testing.assert_allclose(grad[...], expected[path][...], atol=1e-6, err_msg=str(path))
+
+
+class Chip:
+    """A TPU chip at a place."""
+
+    def __init__(self, *coords, slice_index=0):
+        self.coords, self.slice_index, self.platform = coords, slice_index, "tpu"
+
+
+def grid(chips, *shape):
+    """A mesh of them, of which only the axis `fsdp` is asked for."""
+    devices = np.empty(len(chips), object)
+    devices[:] = chips
+    return types.SimpleNamespace(
+        axis_names=("data", "fsdp"), devices=devices.reshape(shape), shape={"fsdp": shape[1]}
+    )
+
+
+CUBE = [Chip(x, y, z) for x in range(2) for y in range(3) for z in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "line"),
+    [
+        (grid(CUBE, 1, 24), 4),
+        (grid(sorted(CUBE, key=lambda chip: chip.coords[::-1]), 1, 24), 2),
+        (grid(CUBE, 2, 12), None),  # A plane.
+        (grid(CUBE[:-2] + CUBE[:-3:-1], 1, 24), None),  # Not straight.
+        (grid([Chip(*c.coords, slice_index=c.coords[0]) for c in CUBE], 1, 24), None),
+        (grid([Chip(x, y, 0) for x in range(4) for y in range(4)], 1, 16), None),
+    ],
+)
+def test_an_axis_over_three_dims_of_a_torus_goes_along_lines(mesh, line):
+    assert target.line_of_torus(mesh, "fsdp") == line

@@ -137,7 +137,9 @@ def test_scanned_layers_equal_unrolled_ones_and_start_from_the_same_numbers():
         np.testing.assert_allclose(grad, expected, atol=1e-6, err_msg=str(path))
 
 
-@pytest.mark.parametrize(("remat", "scan_layers"), [("full", True), ("dots_saveable", False)])
+@pytest.mark.parametrize(
+    ("remat", "scan_layers"), [("full", True), ("dots_saveable", False), ("least", False)]
+)
 def test_remat_gives_the_same_gradients_and_recomputes(remat, scan_layers):
     tokens = some_tokens()
     plain, other = (make(scan_layers=scan_layers, remat=name) for name in ("none", remat))
@@ -218,6 +220,10 @@ def test_fresh_logits_are_small_so_that_training_begins_at_chance():
         ({"num_heads": 16}, "num_heads=16: gives heads of width 1, which must be even"),
         ({"head_dim": 5}, "head_dim=5: gives heads of width 5, which must be even"),
         ({"remat": "dots_savable"}, "remat='dots_savable': did you mean 'dots_saveable'?"),
+        ({"remat": "keep_kqv"}, "remat='keep_kqv': did you mean 'keep_qkv'?"),
+        ({"attention": "flash"}, "attention='flash': did you mean 'splash'?"),
+        ({"mlp_chunk": -1}, "mlp_chunk=-1: must be 0 (all) or more"),
+        ({"loss_chunk": 0}, "loss_chunk=0: must be at least 1"),
         ({"dtype": "float31"}, "dtype='float31': did you mean 'float32'?"),
         ({"num_layers": 0}, "num_layers=0: must be at least 1"),
         ({"z_loss": -1.0}, "z_loss=-1.0: must be 0 (off) or more"),

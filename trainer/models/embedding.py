@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from trainer.models.place import Gather
+from trainer.models.gather import Gather
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.models.chunks import chunks, join_dim, scan_gathered, split_dim
-from trainer.models.place import Gather
+from trainer.models.gather import Gather
 from trainer.task import Loss
 
 _FAR_BELOW = -1e30  # A logit of no token: it adds nothing to the logsumexp.

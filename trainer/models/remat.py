@@ -2,6 +2,8 @@
 
 `config.model.remat` names a policy. From the least memory to the most, see docs/step.md:
 
+    least               as `full`, and while the MLP's gradients are computed not even queries, keys
+                        and values: their projections are computed a third time
     full                nothing but the layer's input
     keep_attention      the attention kernel's output and logsumexp: it is not run again
     keep_qkv            also queries, keys and values: none of their projections are computed again
@@ -18,8 +20,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from trainer.models.place import GATHERED, Place
+from trainer.models.gather import GATHERED
+from trainer.models.place import Place
 from trainer.models.transformer_config import REMAT_POLICIES
 
 # Names of what a layer computes, for the policies below.
@@ -28,11 +32,13 @@ ATTENTION = "attention"
 ATTENTION_OUT = "attention_out"
 
 _KEPT = {
+    "least": (),
+    "full": (),
     "keep_attention": (ATTENTION,),
     "keep_qkv": (ATTENTION, QUERY_KEY_VALUE),
     "keep_all_but_mlp": (ATTENTION, QUERY_KEY_VALUE, ATTENTION_OUT),
 }
-assert set(_KEPT) == set(REMAT_POLICIES)
+assert set(_KEPT) == {*REMAT_POLICIES}
 
 
 def rematerialized(apply: Callable, remat: str, place: Place, *, prevent_cse: bool) -> Callable:
@@ -56,9 +62,16 @@ def lightly(part: Callable, remat: str) -> Callable:
     projections in them are linear. Without it, what is computed again for a layer stays until it is
     used, and that is up to six arrays [N, D] at a time.
     """
-    if remat != "full" and remat not in _KEPT:
+    if remat not in _KEPT:
         return part
     return jax.checkpoint(lambda *args: part(*together(args)))
+
+
+def without_projections(attended: Callable, remat: str) -> Callable:
+    """Attention from its input to its output; under `least` it keeps the output and logsumexp."""
+    if remat != "least":
+        return attended
+    return jax.checkpoint(attended, policy=jax.checkpoint_policies.save_only_these_names(ATTENTION))
 
 
 @jax.custom_vjp
@@ -73,10 +86,21 @@ def together(args: Any) -> Any:
 together.defvjp(lambda args: (args, None), lambda _, grads: (jax.lax.optimization_barrier(grads),))
 
 
+def cast_in_loop(state: Any, x_ND: jax.Array) -> Any:
+    """A layer's float32 parameters, multiplied by a one that XLA on TPU cannot see to be one.
+
+    Else it casts the shards of all layers in front of the loop over them, and keeps them through
+    both passes: two bytes more for each parameter. The factor depends on the layer's input, so that
+    it has to be computed in the loop.
+    """
+    first = jax.lax.stop_gradient(x_ND[0, 0]).astype(jnp.bfloat16)
+    bits = jax.lax.bitcast_convert_type(first, jnp.int16).astype(jnp.int32)
+    one = jnp.where(bits == 1 << 20, 2.0, 1.0)  # 16 bits are never that many.
+    return jax.tree.map(lambda leaf: leaf * one.astype(leaf.dtype), state)
+
+
 def _policy(remat: str) -> Callable[..., Any]:
     policies = jax.checkpoint_policies
-    if remat == "full":
-        return policies.nothing_saveable
     if remat in _KEPT:
         return policies.save_only_these_names(*_KEPT[remat])
     policy = getattr(policies, "everything_saveable" if remat == "none" else remat)

@@ -52,13 +52,15 @@ def _forward(
 def _backward(interpret: bool, kept: tuple[jax.Array, ...], dout_BQLH: jax.Array) -> Any:
     kernel = _kernel(dout_BQLH.shape[1], dout_BQLH.shape[2], interpret)
 
-    def one(q: Any, k: Any, v: Any, out: Any, log_z: Any, dout: Any) -> tuple[Any, Any, Any]:
-        # Neither segments nor sinks.
-        known = (q, k, v, None, None, out, log_z, kernel.dq_mask_info, kernel.dkv_mask_info)
-        grads = splash_attention_kernel._splash_attention_bwd(**kernel.kwargs, res=known, do=dout)
-        return grads[3:6]
+    def one(kept: tuple[jax.Array, ...], dout_QLH: jax.Array) -> Any:
+        *qkv, out_QLH, log_z_QL = kept
+        masks = (kernel.dq_mask_info, kernel.dkv_mask_info)
+        known = (*qkv, None, None, out_QLH, log_z_QL, *masks)  # Neither segments nor sinks.
+        return splash_attention_kernel._splash_attention_bwd(
+            **kernel.kwargs, res=known, do=dout_QLH
+        )[3:6]
 
-    return jax.vmap(one)(*kept, dout_BQLH)
+    return jax.vmap(one)(kept, dout_BQLH)
 
 
 splash_attention.defvjp(_forward, _backward)

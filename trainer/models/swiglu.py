@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainer.models.chunks import chunks, join_dim, scan_gathered, split_dim
-from trainer.models.place import Gather, Place
+from trainer.models.gather import Gather
+from trainer.models.place import Place
 from trainer.models.transformer_config import TransformerConfig
 from trainer.models.weights import make_weight, residual_fan_in
 
@@ -69,13 +70,10 @@ class _Chunked:
 
     def shards(self, weights: _Weights) -> jax.Array:
         """The weights' shards as [C, D, 3 X] of the compute dtype."""
-        # See Gather.gather about the barrier.
-        gate_DF, up_DF, down_FD = jax.lax.optimization_barrier(weights)
-        parts = [
-            self.split(weight_DF.astype(self.gather.dtype))
-            for weight_DF in (gate_DF, up_DF, down_FD.T)
-        ]
-        return jnp.concatenate(parts, axis=2)
+        gate_DF, up_DF, down_FD = weights
+        parts = [self.split(weight_DF) for weight_DF in (gate_DF, up_DF, down_FD.T)]
+        # Cast last: what is cast first, XLA casts for all layers in front of the loop over them.
+        return jnp.concatenate(parts, axis=2).astype(self.gather.dtype)
 
     def split(self, weight_DF: jax.Array) -> jax.Array:
         """[D, F] as [C, D, X]."""
@@ -130,7 +128,7 @@ def _swiglu_backward(
         gradient_DY = jnp.concatenate([x_ND.T @ dwide_NY, dy_ND.T @ hidden_NX], axis=1)
         return dx_ND, how.gather.scatter(gradient_DY)
 
-    # Summed in float32, rounded for each chunk: a float32 sum would cost as much as two activations.
+    # Summed in float32, but rounded for each chunk: a float32 sum costs as much as two activations.
     zeros_ND = jnp.zeros(x_ND.shape, x_ND.dtype)
     dx_ND, gradients_CDY = scan_gathered(use, zeros_ND, how.shards(weights), how.gather.gather)
     gate_DF, up_DF, down_FD = weights

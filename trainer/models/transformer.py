@@ -26,7 +26,7 @@ from trainer.models.attention import Attention
 from trainer.models.embedding import look_up
 from trainer.models.head_loss import HeadLoss, token_loss
 from trainer.models.place import WHOLE, Place, find_place, over_batch_axes, pin
-from trainer.models.remat import rematerialized
+from trainer.models.remat import cast_in_loop, rematerialized
 from trainer.models.rope import Rope
 from trainer.models.sharded_loss import summed_over_mesh
 from trainer.models.swiglu import MLP
@@ -150,6 +150,8 @@ class Transformer(nnx.Module):
 
         # A pure function of a layer's state, which both lax.scan and jax.checkpoint want.
         def apply(state: Any, x_ND: jax.Array) -> jax.Array:
+            if config.scan_layers and place.batch and place.platform == "tpu":
+                state = cast_in_loop(state, x_ND)
             return nnx.merge(graphdef, state)(x_ND, rope, batch, place)
 
         apply = rematerialized(apply, config.remat, place, prevent_cse=not config.scan_layers)

@@ -17,7 +17,7 @@ _POLICIES = (
     "nothing_saveable",
 )
 # Our own, of trainer/models/remat.py.
-REMAT_POLICIES = ("keep_attention", "keep_qkv", "keep_all_but_mlp")
+REMAT_POLICIES = ("least", "full", "keep_attention", "keep_qkv", "keep_all_but_mlp")
 _KERNELS = ("auto", "splash", "cudnn", "xla")
 
 
@@ -41,7 +41,7 @@ class TransformerConfig:
       scan_layers: stack the layers' parameters and scan over them: one layer is compiled instead
         of all, for about 10% of the speed on CPU.
       remat: what a layer keeps for its backward pass: `none` (remat off, all is kept), `full`
-        (only its input), `keep_attention`, `keep_qkv` or `keep_all_but_mlp` (see
+        (only its input), `least`, `keep_attention`, `keep_qkv` or `keep_all_but_mlp` (see
         trainer/models/remat.py), or a policy of `jax.checkpoint_policies` by name.
       z_loss: weight of logsumexp(logits)^2 in the loss, which keeps logits near zero.
       attention: the kernel: `splash` (TPU), `cudnn` (GPU), `xla` (plain, anywhere), or `auto`: the
@@ -100,12 +100,10 @@ class TransformerConfig:
         for name in ("param_dtype", "dtype"):
             value = getattr(self, name)
             require(value in _DTYPES, name, value, closest(value, _DTYPES))
-        known = ("none", "full", *REMAT_POLICIES, *_POLICIES)
+        known = ("none", *REMAT_POLICIES, *_POLICIES)
         require(self.remat in known, "remat", self.remat, closest(self.remat, known))
-        known = _KERNELS
-        require(
-            self.attention in known, "attention", self.attention, closest(self.attention, known)
-        )
+        hint = closest(self.attention, _KERNELS)
+        require(self.attention in _KERNELS, "attention", self.attention, hint)
         require(self.mlp_chunk >= 0, "mlp_chunk", self.mlp_chunk, "must be 0 (all) or more")
         require(self.loss_chunk >= 1, "loss_chunk", self.loss_chunk, "must be at least 1")
         require(self.rope_base > 1, "rope_base", self.rope_base, "must be more than 1")
