@@ -15,7 +15,7 @@ os.environ.update(environment())  # Before anything loads libtpu.
 TINY_LM: dict[str, Any] = {
     "task": "trainer.tasks.language_model:LanguageModel",
     "num_steps": 10,
-    "global_batch_size": 32,
+    "global_batch_size": 8,
     "model": {
         # Gradients travel in rows of multiples of 512, also where `tensor` splits them in two.
         "vocab_size": 1024,
@@ -30,7 +30,7 @@ TINY_LM: dict[str, Any] = {
         "remat": "full",
         "attention": "xla",  # Kernels take longer to compile, and move nothing.
     },
-    "data": {"kind": "array_record", "path": "nowhere", "seq_len": 128},
+    "data": {"kind": "array_record", "path": "nowhere", "seq_len": 64},
     "optimizer": {"chain": ("adamw",), "adamw": {"learning_rate": 1e-3}},
 }
 TINY_MLP: dict[str, Any] = {

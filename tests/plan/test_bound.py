@@ -19,7 +19,7 @@ LOCAL = {"backend": "local", "devices_per_process": 1}
 @pytest.mark.parametrize(
     "config",
     [
-        changed(TINY_LM, global_batch_size=8, model={"dtype": "float32"}),
+        changed(TINY_LM, model={"dtype": "float32"}),
         changed(TINY_MLP, model={"hidden": (1024, 1024)}),
     ],
     ids=["lm", "mlp"],
@@ -51,7 +51,7 @@ def test_a_step_is_never_quicker_than_its_bound(config):
 
 def test_a_remat_that_computes_more_shows_in_the_compilers_count(planned):
     plans = [
-        planned(TINY_LM, LOCAL, global_batch_size=8, model={"remat": remat})
+        planned(TINY_LM, LOCAL, model={"remat": remat})
         for remat in ("none", "full")
     ]
     none, full = (plan["compiled_flops"] for plan in plans)
