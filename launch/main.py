@@ -16,6 +16,11 @@ Muster starts one program on many processes, keeps them together and says what b
       train what the config says (python -m trainer.main)
   muster run --cluster=FILE --workdir=DIR -- PROGRAM ARGUMENTS...
       run any program; jax.distributed.initialize() without arguments joins the gang
+  muster plan --config=FILE --cluster=FILE [--config.x.y=V] [--cluster.x=V] [--json]
+      compile the very training step for that cluster, which need not be there: memory, traffic
+      and the least time of a step
+  muster plan --search --config=FILE --cluster=FILE [--accelerators=TYPE,...] [--json]
+      the same over meshes, remat, microbatches and sharding; a table of what fits and is quickest
   muster list [--json] [--prune]
       every run you have started, and how it stands
   muster status RUN [--json]
@@ -39,6 +44,13 @@ flags of run:
   --detach                  give the terminal back once the gang has started
   --process=all|K           show every process's lines, or process K's instead of the lead's
   --dry_run                 print the commands and their environment, start nothing
+  --skip_plan               on TPUs: do not look first whether the training step fits
+
+flags of plan --search:
+  --accelerators=TYPE,...   accelerator types to compare; the cluster's own by default
+  --device_batches=N,...    examples per device and step; by default the config's global batch stays
+  --compile=N               how many of the best are compiled (6); the others are estimated
+  --parallel=N              how many at once; half the cores by default
 
 exit codes: 0 done, 1 the program failed, 2 the command or config is wrong,
             75 stopped early, to be resumed by the same command
@@ -46,7 +58,15 @@ exit codes: 0 done, 1 the program failed, 2 the command or config is wrong,
 
 # Flags by command; True for one that takes no value. `--config`, `--cluster` are load_config's.
 _FLAGS: dict[str, dict[str, bool]] = {
-    "run": {"workdir": False, "process": False, "detach": True, "dry_run": True},
+    "run": {"workdir": False, "process": False, "detach": True, "dry_run": True, "skip_plan": True},
+    "plan": {
+        "json": True,
+        "search": True,
+        "accelerators": False,
+        "device_batches": False,
+        "compile": False,
+        "parallel": False,
+    },
     "list": {"json": True, "prune": True},
     "status": {"json": True},
     "logs": {"process": False, "attempt": False, "follow": True},
@@ -55,6 +75,7 @@ _FLAGS: dict[str, dict[str, bool]] = {
     "doctor": {"workdir": False, "wait": False},
 }
 _CONFIG_FLAGS = ("config", "cluster")
+_WITH_CONFIGS = ("run", "plan", "doctor")
 
 
 def console() -> None:
@@ -96,6 +117,10 @@ def _dispatch(argv: list[str]) -> int:
             run.dry_run(request)
             return contract.EXIT_DONE
         return run.run(request, detached="detach" in flags)
+    if command == "plan":
+        from launch.plan.command import plan
+
+        return plan(arguments, flags)
     if command == "doctor":
         from launch.doctor import doctor
 
@@ -160,7 +185,7 @@ def split_flags(command: str, argv: Sequence[str]) -> tuple[dict[str, str], list
             if not equals and arguments and not arguments[0].startswith("-"):
                 rest.append(arguments.pop(0))
         elif name not in known:
-            names = [*known, *(_CONFIG_FLAGS if command in ("run", "doctor") else ())]
+            names = [*known, *(_CONFIG_FLAGS if command in _WITH_CONFIGS else ())]
             raise ConfigError("", f"muster {command} has no flag {arg!r}; {closest(name, names)}")
         elif known[name]:
             if equals:
@@ -174,7 +199,7 @@ def split_flags(command: str, argv: Sequence[str]) -> tuple[dict[str, str], list
 
 
 def _is_config_flag(command: str, name: str) -> bool:
-    if command not in ("run", "doctor"):
+    if command not in _WITH_CONFIGS:
         return False
     stem = name.partition(".")[0]
     return stem in _CONFIG_FLAGS or ("." in name and stem.removeprefix("no") in _CONFIG_FLAGS)

@@ -37,6 +37,19 @@ def trainer_program(
     Raises:
       ConfigError: the processes would import something else than Muster's trainer.
     """
+    argv = (sys.executable, "-m", "trainer.main", f"--config={source}", *overrides)
+    return Program((*argv, f"--workdir={workdir}"), trainer_env(cluster_env))
+
+
+def trainer_env(cluster_env: Mapping[str, str]) -> dict[str, str]:
+    """What `python -m trainer.main` needs in its environment, to be found.
+
+    Args:
+      cluster_env: environment that the cluster config sets.
+
+    Raises:
+      ConfigError: the process would import something else than Muster's trainer.
+    """
     package = Path(__file__).resolve().parents[1] / "trainer"
     # `python -m` looks in the current directory first.
     for name in ("trainer", "trainer.py"):
@@ -44,12 +57,11 @@ def trainer_program(
         if other.exists() and other.resolve() != package:
             rule = f"{other} hides Muster's own package `trainer`; start from another directory"
             raise ConfigError("", rule)
-    env = {}
+    env: dict[str, str] = {}
     if package.parent.name not in _INSTALLED:  # A checkout: Python does not find it by itself.
         before = cluster_env.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package.parent), before]))
-    argv = (sys.executable, "-m", "trainer.main", f"--config={source}", *overrides)
-    return Program((*argv, f"--workdir={workdir}"), env)
+    return env
 
 
 def is_secret(name: str) -> bool:

@@ -28,6 +28,8 @@ class Request:
       shown: the processes whose lines are shown.
       prefixed: whether lines are marked with their process.
       url: the run directory as it was given, if it is on gs://.
+      sources: the words that name the configs and override their fields.
+      skip_plan: whether it is to be started without a plan.
     """
 
     cluster: Cluster
@@ -38,6 +40,8 @@ class Request:
     shown: tuple[int, ...]
     prefixed: bool
     url: str | None = None
+    sources: tuple[str, ...] = ()
+    skip_plan: bool = False
 
 
 def make_request(argv: Sequence[str], flags: Mapping[str, str], command: Sequence[str]) -> Request:
@@ -45,7 +49,7 @@ def make_request(argv: Sequence[str], flags: Mapping[str, str], command: Sequenc
 
     Args:
       argv: `--config`, `--cluster` and their overrides, then maybe `--` and a program.
-      flags: the other flags that were given: workdir, process.
+      flags: the other flags that were given: workdir, process, skip_plan.
       command: the whole command line, for the record.
 
     Raises:
@@ -72,11 +76,21 @@ def make_request(argv: Sequence[str], flags: Mapping[str, str], command: Sequenc
     if foreign:
         program = Program(tuple(foreign))
     else:
-        _check_config(from_config.config, cluster)
+        check_config(from_config.config, cluster)
         program = trainer_program(from_config.source, from_config.overrides, workdir, cluster.env)
     shown, prefixed = _shown(flags.get("process"), cluster.num_processes)
-    config = from_config.config
-    return Request(cluster, program, workdir, config, tuple(command), shown, prefixed, url)
+    return Request(
+        cluster=cluster,
+        program=program,
+        workdir=workdir,
+        config=from_config.config,
+        command=tuple(command),
+        shown=shown,
+        prefixed=prefixed,
+        url=url,
+        sources=(*from_config.words("config"), *from_cluster.words("cluster")),
+        skip_plan="skip_plan" in flags,
+    )
 
 
 def _check_url(url: str, cluster: Cluster) -> Path:
@@ -94,7 +108,7 @@ def _check_url(url: str, cluster: Cluster) -> Path:
     return place(url)
 
 
-def _check_config(config: Any, cluster: Cluster) -> None:
+def check_config(config: Any, cluster: Cluster) -> None:
     """Check what the launcher can know of the trainer's config; the trainer checks it all."""
     spec = train_spec(config, cluster.num_devices)
     dcn = spec.mesh.dcn_data * spec.mesh.dcn_fsdp
@@ -131,7 +145,7 @@ def fits(request: Request, hosts: int) -> bool:
     if request.config is None:
         return True
     try:
-        _check_config(request.config, dataclasses.replace(request.cluster, hosts=hosts))
+        check_config(request.config, dataclasses.replace(request.cluster, hosts=hosts))
     except ConfigError:
         return False
     return True

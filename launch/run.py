@@ -30,8 +30,11 @@ def dry_run(request: Request) -> None:
         return
     if request.cluster.backend == "tpu":
         from launch.backends.tpu import remote
+        from launch.plan import gate
 
         remote.check(request)
+        if told := gate.foretell(request):
+            print(f"# plan: {told}")
         remote.dry_run(request)
         return
     number = rundir.next_attempt(request.workdir)
@@ -62,10 +65,13 @@ def run(request: Request, detached: bool = False) -> int:
         from launch.backends.slurm import submit
 
         return submit.run(request, detached)
+    plan = None
     if request.cluster.backend == "tpu":
         from launch.backends.tpu import remote
+        from launch.plan import gate
 
         remote.check(request)
+        plan = gate.check(request)  # Before anything is asked of Google Cloud.
         request = remote.with_project(request)
         if request.url is not None:
             from launch.backends.tpu import published
@@ -74,6 +80,10 @@ def run(request: Request, detached: bool = False) -> int:
     run_dir = take(request)
     if run_dir is None:
         return attach.view(request.workdir, request.shown, request.prefixed)
+    if plan is not None:
+        from launch.plan import planner
+
+        planner.save(plan, run_dir.path)
     if detached:
         return detach.run(run_dir, lambda started: _control(request, run_dir, started))
     return _control(request, run_dir, lambda: None)

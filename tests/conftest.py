@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 # What tests start is none of the user's runs.
 _STATE = tempfile.TemporaryDirectory(prefix="muster-tests-state-")
 os.environ["MUSTER_STATE_DIR"] = _STATE.name
+os.environ["MUSTER_CACHE_DIR"] = os.path.join(_STATE.name, "cache")
 # Started by nohup or in the background of a script, these would be ignored by all tests start.
 for _number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:

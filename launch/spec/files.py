@@ -35,6 +35,10 @@ class LoadedConfig(NamedTuple):
     source: str
     overrides: list[str]
 
+    def words(self, flag: str) -> list[str]:
+        """The words that give the same config on another command line; none if it is absent."""
+        return [f"--{flag}={self.source}", *self.overrides] if self.source else []
+
 
 def load_config(flag: str, argv: Sequence[str], required: bool = True) -> LoadedConfig:
     """Load the config that `--<flag>` names, and apply its overrides.

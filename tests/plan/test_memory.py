@@ -44,9 +44,21 @@ def test_one_that_is_too_large_names_what_fills_it(planned):
     assert plan["argument_bytes"] == pytest.approx(12 * 80_000**2 / 4, rel=0.01)
     arguments = [row["name"] for row in plan["largest_buffers"] if row["kind"] == "argument"]
     assert all("linears.1.kernel" in name or "layers.1.kernel" in name for name in arguments[:3])
+    # 76 GB of state do not fit four devices of 16 GB in any way.
+    assert plan["suggestions"] == []
     text = report(plan)
     assert "DOES NOT FIT" in text
     assert "too much" in text
+
+
+def test_what_would_make_it_fit_is_said(planned):
+    # Whole on each device 1.6e9 numbers take 19 GB; split over four, 5.
+    wide = {"hidden": (20_000,) * 5}
+    plan = planned(TINY_MLP, tpu("v5litepod-4"), mesh={"data": 4}, model=wide)
+    assert plan["fits"] is False
+    words = [row["overrides"] for row in plan["suggestions"]]
+    assert ["--config.mesh.data=1", "--config.mesh.fsdp=4"] in words
+    assert "--config.mesh.data=1 --config.mesh.fsdp=4" in report(plan)
 
 
 def test_moments_that_are_not_split_show_in_the_ledger(planned, monkeypatch):

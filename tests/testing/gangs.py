@@ -173,7 +173,7 @@ def environment() -> dict[str, str]:
     env = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("MUSTER_") or name == "MUSTER_STATE_DIR"
+        if not name.startswith("MUSTER_") or name in ("MUSTER_STATE_DIR", "MUSTER_CACHE_DIR")
     }
     return {**env, "PYTHONPATH": str(ROOT)}
 

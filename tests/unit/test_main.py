@@ -12,8 +12,8 @@ CLUSTER = "--cluster=configs/cluster/local.py"
 CASES = {
     "unknown command": (["rum"], "no command 'rum'; did you mean 'run'?"),
     "later command": (
-        ["plan"],
-        "no command 'plan'; known: doctor, gc, list, logs, run, status, stop",
+        ["certify"],
+        "no command 'certify'; known: doctor, gc, list, logs, plan, run, status, stop",
     ),
     "unknown flag": (["run", "--wrokdir=x"], "no flag '--wrokdir=x'; did you mean 'workdir'?"),
     "detach": (["run", "--detach=yes"], "--detach='yes': takes no value"),

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from trainer.plan.buffers import Dump, at_the_peak, parse_allocations, parse_ranges
+from trainer.plan.buffers import Dump, at_the_peak, parse_allocations, parse_order, parse_ranges
 from trainer.plan.collectives import Grid, collectives, replica_groups
 from trainer.plan.flops import count_flops
 from trainer.plan.hlo import parse
+from trainer.plan.lives import with_loops
 from trainer.plan.loops import executions
 
 # As XLA writes modules for TPUs, shortened: a loop of 6 trips whose body was unrolled twice.
@@ -25,6 +26,18 @@ def test_loops_run_as_often_as_their_conditions_say():
     assert executions(parse(noted))[0]["body"] == 5
     by_whom = MODULE.replace("constant(14)", "parameter(1)")
     assert executions(parse(by_whom)) == (dict.fromkeys(counts, 1.0), 1)
+
+
+def test_a_kernel_whose_attributes_have_lines_of_their_own_ends_nothing():
+    first, _, rest = MODULE[MODULE.index("%body (") :].partition("\n")
+    kernel = """  %kernel.1 = f32[] custom-call(), custom_call_target="tpu_custom_call", metadata="{
+"a": {"b": 1
+}}, backend_config={"cost_estimate":{"flops":"7"}}
+"""
+    text = MODULE.replace(f"{first}\n{rest}", f"{first}\n{kernel}{rest}")
+    module = parse(text)
+    assert executions(module) == executions(parse(MODULE))
+    assert count_flops(module).kernels == 6 * 7
 
 
 def test_a_collective_counts_once_however_it_is_cut_up():
@@ -151,8 +164,38 @@ def test_what_lives_when_temporaries_are_largest():
     allocations = parse_allocations(ASSIGNMENT)
     kinds = [(one.kind, one.size, one.parameter) for one in allocations]
     assert kinds == [("argument", 400, 1), ("output", 64, None), ("temp", 12000, None)]
-    dump = Dump(allocations, parse_ranges(RANGES), "")
+    dump = Dump(allocations, parse_ranges(RANGES), {}, "")
     # At 5 both late ones live, 10,000 bytes; of two values of one place one is named.
     assert [buffer.name for buffer in at_the_peak(dump)] == ["later", "late"]
-    without = Dump(allocations, {}, "")
+    without = Dump(allocations, {}, {}, "")
     assert [buffer.name for buffer in at_the_peak(without)] == ["early"]
+
+
+def test_what_a_loop_carries_lives_until_its_last_use_behind_it():
+    # A loop that runs from moment 10 to 90 carries an array which is read at 95.
+    text = """\
+HloModule m
+
+%body (p: (s32[], f32[9])) -> (s32[], f32[9]) {
+  %p = (s32[], f32[9]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[9] get-tuple-element(%p), index=1
+  ROOT %t = (s32[], f32[9]) tuple(%i, %x)
+}
+
+ENTRY %main (a: s32[]) -> f32[9] {
+  %a = s32[] parameter(0)
+  %made = f32[9] broadcast(%a)
+  %init = (s32[], f32[9]) tuple(%a, %made)
+  %loop = (s32[], f32[9]) while(%init), condition=%c, body=%body
+  %first = s32[] get-tuple-element(%loop), index=0
+  %second = f32[9] get-tuple-element(%loop), index=1
+  ROOT %read = f32[9] negate(%second)
+}
+"""
+    order = parse_order(
+        "  InstructionSequence:\n    5:made\n    9:init\n    90:loop\n    95:read\n"
+    )
+    dump = Dump([], {("made", ""): (5, 9), ("first", ""): (90, 91)}, order, text)
+    ranges = with_loops(dump, parse(text)).ranges
+    assert ranges == {("made", ""): (5, 95), ("first", ""): (90, 91)}

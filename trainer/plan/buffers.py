@@ -59,12 +59,15 @@ class Dump(NamedTuple):
 
     Attributes:
       allocations: in the device's main memory.
-      ranges: (instruction, index) -> first and last moment of its life.
+      ranges: (instruction, index) -> first and last moment of its life. Of what a loop carries
+        the moments in the loop are left out; `trainer.plan.lives` adds them.
+      order: instruction -> its moment.
       text: the compiled module.
     """
 
     allocations: list[Allocation]
     ranges: dict[tuple[str, str], tuple[int, int]]
+    order: dict[str, int]
     text: str
 
     def bytes_of(self, kind: str) -> int:
@@ -86,9 +89,11 @@ def read_dump(directory: Path, function: str) -> Dump | None:
     stem = path.name.removesuffix("-buffer-assignment.txt")
     ranges = path.with_name(f"{stem}-live-range.txt")
     module = path.with_name(f"{stem}.txt")
+    lives = ranges.read_text() if ranges.exists() else ""
     return Dump(
         allocations=parse_allocations(path.read_text()),
-        ranges=parse_ranges(ranges.read_text()) if ranges.exists() else {},
+        ranges=parse_ranges(lives),
+        order=parse_order(lives),
         text=module.read_text() if module.exists() else "",
     )
 
@@ -134,6 +139,12 @@ def parse_ranges(text: str) -> dict[tuple[str, str], tuple[int, int]]:
         for line in lines
         if (match := _RANGE.match(line))
     }
+
+
+def parse_order(text: str) -> dict[str, int]:
+    """Instruction -> moment, from the text of the live ranges: loops' bodies lie before them."""
+    sequence = text.partition("InstructionSequence:")[2].partition("BufferLiveRange:")[0]
+    return {name: int(moment) for moment, name in re.findall(r"(\d+):(\S+)", sequence)}
 
 
 def at_the_peak(dump: Dump) -> list[Buffer]:

@@ -111,6 +111,9 @@ def parse(text: str) -> Module:
             instruction = _instruction(found[2], line[found.end() :])
             current[instruction.name] = instruction
             root = instruction.name if found[1] else root
+        elif current:  # More of a kernel's attributes.
+            last = next(reversed(current))
+            current[last] = current[last]._replace(attributes=current[last].attributes + line)
     return Module(computations, entry, int(partitions[1]) if partitions else 1, _frames(text))
 
 

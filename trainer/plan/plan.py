@@ -10,8 +10,7 @@ from typing import Any
 import jax
 
 from launch.contract import SCHEMA
-from launch.spec import Cluster, ConfigError, TrainSpec
-from trainer.ledger import human_bytes
+from launch.spec import Cluster, TrainSpec
 from trainer.mesh import batch_sharding, make_mesh
 from trainer.plan.bound import bounds, largest, measured_peaks, peaks_of
 from trainer.plan.buffers import at_the_peak
@@ -20,7 +19,9 @@ from trainer.plan.compiled import Compiled, compile_for_plan
 from trainer.plan.flops import count_flops
 from trainer.plan.hlo import parse
 from trainer.plan.least import least_bytes
+from trainer.plan.lives import with_loops
 from trainer.plan.loops import executions
+from trainer.plan.suggest import suggestions
 from trainer.plan.target import Target, make_target
 from trainer.plan.words import Namer
 from trainer.prepare import Prepared, prepare
@@ -94,7 +95,7 @@ def make_plan(spec: TrainSpec, task: Task, cluster: Cluster) -> dict[str, Any]:
     mfu = None
     if bound and model_flops and peaks is not None and peaks.flops:
         mfu = model_flops / (devices * peaks.flops * bound)
-    return {
+    record: dict[str, Any] = {
         "schema": SCHEMA,
         "fits": _fits(compiled, target),
         **_memory_record(compiled, target),
@@ -127,7 +128,11 @@ def make_plan(spec: TrainSpec, task: Task, cluster: Cluster) -> dict[str, Any]:
         "simulated": target.simulated,
         "versions": versions(),
         "remarks": prepared.remarks,
+        "suggestions": [],
     }
+    if record["fits"] is False:
+        record["suggestions"] = suggestions(spec, cluster, record)
+    return record
 
 
 def versions() -> dict[str, str]:
@@ -147,14 +152,14 @@ def _fits(compiled: Compiled, target: Target) -> bool | None:
         return compiled.fits
     if target.chip is None:
         return None
-    return compiled.memory.peak <= target.chip.hbm_bytes
+    return compiled.peak <= target.chip.hbm_bytes
 
 
 def _memory_record(compiled: Compiled, target: Target) -> dict[str, Any]:
     memory, chip = compiled.memory, target.chip
     usable = compiled.usable_bytes or (chip.usable_hbm_bytes if chip else None)
     return {
-        "peak_bytes": memory.peak,
+        "peak_bytes": compiled.peak,
         "hbm_bytes": chip.hbm_bytes if chip else None,
         "usable_hbm_bytes": usable,
         "argument_bytes": memory.argument,
@@ -179,7 +184,7 @@ def _largest_buffers(
             shape = one.buffers[0].shape.split("{")[0] if one.buffers else ""
             rows.append({"kind": "argument", "name": name, "bytes": one.size, "shape": shape,
                          "what": _role(name)})  # fmt: skip
-    for buffer in at_the_peak(compiled.dump):
+    for buffer in at_the_peak(with_loops(compiled.dump, module)):
         rows.append({"kind": "temporary", **namer.temporary(buffer)._asdict()})
     rows.sort(key=lambda row: -row["bytes"])
     return rows[:_MOST_BUFFERS]
@@ -235,13 +240,3 @@ def _target_record(target: Target) -> dict[str, Any]:
         "devices": len(target.devices),
         "chip": target.chip.name if target.chip else None,
     }
-
-
-def refusal(record: Mapping[str, Any]) -> ConfigError:
-    """The error that a plan which does not fit is."""
-    room = record["usable_hbm_bytes"] or record["hbm_bytes"]
-    return ConfigError(
-        "config",
-        f"the step takes {human_bytes(record['peak_bytes'])} on each device of "
-        f"{record['target']['name']}, which has {human_bytes(room)}",
-    )

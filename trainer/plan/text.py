@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ def report(record: Mapping[str, Any]) -> str:
             *_head(record),
             *_memory(record),
             *_buffers(record),
+            *_suggestions(record),
             record["ledger_text"],
             *_moves(record),
             *_arithmetic(record),
@@ -76,6 +78,21 @@ def _buffers(record: Mapping[str, Any]) -> list[str]:
         for row in rows[:most]
     ]  # fmt: skip
     return ["largest buffers at the peak:", *_columns(shown, right=(0,))]
+
+
+def _suggestions(record: Mapping[str, Any]) -> list[str]:
+    if record["fits"] is not False:
+        return []
+    rows = record["suggestions"]
+    if not rows:
+        return ["nothing near to it is estimated to fit; `muster plan --search` looks further"]
+    return [
+        "what is estimated to fit (`muster plan --search` looks further, and compiles):",
+        *(
+            f"  {shlex.join(row['overrides'])}  {human_bytes(row['estimated_bytes'])}"
+            for row in rows
+        ),
+    ]
 
 
 def _moves(record: Mapping[str, Any]) -> list[str]:

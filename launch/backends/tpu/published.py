@@ -26,7 +26,10 @@ from launch.times import seconds_of
 
 OBJECT = "muster.json"
 _PUBLISHED = "published.json"  # Here: what was published, or fetched, last.
-_RECORDS = (contract.RUN_RECORD, MACHINES, SUBMISSION, CONFIG)
+_RECORDS = (
+    *(contract.RUN_RECORD, MACHINES, SUBMISSION, CONFIG),
+    *(contract.PLAN_RECORD, contract.PLAN_TEXT),
+)
 _LOOK_SECONDS = 2.0  # Between two looks for what has changed.
 _ALIVE_SECONDS = 60.0  # Between two signs of life of a controller.
 _DEAD_SECONDS = 180.0  # After which it is not believed any more.
