@@ -138,7 +138,7 @@ def test_scanned_layers_equal_unrolled_ones_and_start_from_the_same_numbers():
 
 
 @pytest.mark.parametrize(
-    ("remat", "scan_layers"), [("full", True), ("dots_saveable", False), ("least", False)]
+    ("remat", "scan_layers"), [("full", True), ("dots_saveable", False), ("keep_qkv", False)]
 )
 def test_remat_gives_the_same_gradients_and_recomputes(remat, scan_layers):
     tokens = some_tokens()

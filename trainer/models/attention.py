@@ -26,7 +26,6 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         D, Q, K, H = config.dim, config.num_heads, config.kv_heads, config.width_of_head
-        self.num_groups = Q // K
         self.width = H
         self.dtype = config.dtype
         self.kernel = config.attention
@@ -57,16 +56,12 @@ class Attention(nnx.Module):
             out_NX = out_BQLH.transpose(0, 2, 1, 3).reshape(N, -1)
             return place.leave(out_NX @ weight_XD)
 
-        def attended(x_ND: jax.Array, *weights: jax.Array) -> jax.Array:
-            projected = enter(x_ND, *weights)
-            q_BQLH, k_BKMH, v_BKMH = (checkpoint_name(x, remat.QUERY_KEY_VALUE) for x in projected)
-            kernel = choose_kernel(self.kernel, N // batch, self.width, self.dtype, place)
-            return attend(q_BQLH, k_BKMH, v_BKMH, kernel)
-
         enter, leave = (remat.lightly(part, self.remat) for part in (enter, leave))
-        attended = remat.without_projections(attended, self.remat)
         weights = (self.query_DQH, self.key_DKH, self.value_DKH)
-        out_BQLH = attended(x_ND, *(place.weight(weight, self.dtype, 1) for weight in weights))
+        projected = enter(x_ND, *(place.weight(weight, self.dtype, 1) for weight in weights))
+        q_BQLH, k_BKMH, v_BKMH = (checkpoint_name(x, remat.QUERY_KEY_VALUE) for x in projected)
+        kernel = choose_kernel(self.kernel, N // batch, self.width, self.dtype, place)
+        out_BQLH = attend(q_BQLH, k_BKMH, v_BKMH, kernel)
         out_ND = leave(out_BQLH, place.weight(self.out_QHD, self.dtype, 2))
         return checkpoint_name(out_ND, remat.ATTENTION_OUT)
 

@@ -2,8 +2,6 @@
 
 `config.model.remat` names a policy. From the least memory to the most, see docs/step.md:
 
-    least               as `full`, and while the MLP's gradients are computed not even queries, keys
-                        and values: their projections are computed a third time
     full                nothing but the layer's input
     keep_attention      the attention kernel's output and logsumexp: it is not run again
     keep_qkv            also queries, keys and values: none of their projections are computed again
@@ -32,13 +30,12 @@ ATTENTION = "attention"
 ATTENTION_OUT = "attention_out"
 
 _KEPT = {
-    "least": (),
     "full": (),
     "keep_attention": (ATTENTION,),
     "keep_qkv": (ATTENTION, QUERY_KEY_VALUE),
     "keep_all_but_mlp": (ATTENTION, QUERY_KEY_VALUE, ATTENTION_OUT),
 }
-assert set(_KEPT) == {*REMAT_POLICIES}
+assert set(_KEPT) == set(REMAT_POLICIES)
 
 
 def rematerialized(apply: Callable, remat: str, place: Place, *, prevent_cse: bool) -> Callable:
@@ -65,13 +62,6 @@ def lightly(part: Callable, remat: str) -> Callable:
     if remat not in _KEPT:
         return part
     return jax.checkpoint(lambda *args: part(*together(args)))
-
-
-def without_projections(attended: Callable, remat: str) -> Callable:
-    """Attention from its input to its output; under `least` it keeps the output and logsumexp."""
-    if remat != "least":
-        return attended
-    return jax.checkpoint(attended, policy=jax.checkpoint_policies.save_only_these_names(ATTENTION))
 
 
 @jax.custom_vjp

@@ -17,7 +17,7 @@ _POLICIES = (
     "nothing_saveable",
 )
 # Our own, of trainer/models/remat.py.
-REMAT_POLICIES = ("least", "full", "keep_attention", "keep_qkv", "keep_all_but_mlp")
+REMAT_POLICIES = ("full", "keep_attention", "keep_qkv", "keep_all_but_mlp")
 _KERNELS = ("auto", "splash", "cudnn", "xla")
 
 
@@ -41,7 +41,7 @@ class TransformerConfig:
       scan_layers: stack the layers' parameters and scan over them: one layer is compiled instead
         of all, for about 10% of the speed on CPU.
       remat: what a layer keeps for its backward pass: `none` (remat off, all is kept), `full`
-        (only its input), `least`, `keep_attention`, `keep_qkv` or `keep_all_but_mlp` (see
+        (only its input), `keep_attention`, `keep_qkv` or `keep_all_but_mlp` (see
         trainer/models/remat.py), or a policy of `jax.checkpoint_policies` by name.
       z_loss: weight of logsumexp(logits)^2 in the loss, which keeps logits near zero.
       attention: the kernel: `splash` (TPU), `cudnn` (GPU), `xla` (plain, anywhere), or `auto`: the
