@@ -18,10 +18,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from trainer.models import remat
 
+# Queries, keys, values, the output, and each query's logsumexp.
+_Known = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 _BLOCKS = (512, 256, 128)  # Of queries and keys; the largest that divides L.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def splash_attention(
     q_BQLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, interpret: bool = False
 ) -> jax.Array:
@@ -30,40 +31,47 @@ def splash_attention(
     Its output and the scores' logsumexp are named for policies of what to keep: with both at hand
     the backward pass needs no forward pass of its own. `interpret` runs it anywhere, slowly.
     """
-    out_BQLH, _ = _forward(q_BQLH, k_BKMH, v_BKMH, interpret)
-    return out_BQLH
-
-
-def _forward(
-    q_BQLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, interpret: bool
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The output, and what the backward pass wants: everything so far and the logsumexp."""
     kernel = _kernel(q_BQLH.shape[1], q_BQLH.shape[2], interpret)
 
     def one(qkv: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         out_QLH, (log_z_QL,) = kernel(*qkv)
         return out_QLH, log_z_QL
 
-    made = jax.lax.map(one, (q_BQLH, k_BKMH, v_BKMH))
+    made = jax.lax.map(one, jax.lax.stop_gradient((q_BQLH, k_BKMH, v_BKMH)))
     out_BQLH, log_z_BQL = (checkpoint_name(x, remat.ATTENTION) for x in made)
-    return out_BQLH, (q_BQLH, k_BKMH, v_BKMH, out_BQLH, log_z_BQL)
+    return _with_gradients(interpret, (q_BQLH, k_BKMH, v_BKMH, out_BQLH, log_z_BQL))
 
 
-def _backward(interpret: bool, kept: tuple[jax.Array, ...], dout_BQLH: jax.Array) -> Any:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_gradients(interpret: bool, known: _Known) -> jax.Array:
+    """The output, computed already, with the gradients that it has.
+
+    All that the backward pass wants is an argument, so that a policy keeps it once: made and named
+    inside, the output would be kept twice, for the backward pass and for whoever uses it.
+    """
+    del interpret
+    return known[3]
+
+
+def _forward(interpret: bool, known: _Known) -> tuple[jax.Array, _Known]:
+    return _with_gradients(interpret, known), known
+
+
+def _backward(interpret: bool, known: _Known, dout_BQLH: jax.Array) -> tuple[Any]:
     kernel = _kernel(dout_BQLH.shape[1], dout_BQLH.shape[2], interpret)
 
-    def one(kept: tuple[jax.Array, ...], dout_QLH: jax.Array) -> Any:
-        *qkv, out_QLH, log_z_QL = kept
+    def one(known: _Known, dout_QLH: jax.Array) -> Any:
+        *qkv, out_QLH, log_z_QL = known
         masks = (kernel.dq_mask_info, kernel.dkv_mask_info)
-        known = (*qkv, None, None, out_QLH, log_z_QL, *masks)  # Neither segments nor sinks.
+        residuals = (*qkv, None, None, out_QLH, log_z_QL, *masks)  # Neither segments nor sinks.
         return splash_attention_kernel._splash_attention_bwd(
-            **kernel.kwargs, res=known, do=dout_QLH
+            **kernel.kwargs, res=residuals, do=dout_QLH
         )[3:6]
 
-    return jax.vmap(one)(kept, dout_BQLH)
+    return ((*jax.vmap(one)(known, dout_BQLH), None, None),)
 
 
-splash_attention.defvjp(_forward, _backward)
+_with_gradients.defvjp(_forward, _backward)
 
 
 def _kernel(num_heads: int, length: int, interpret: bool) -> Any:
