@@ -50,10 +50,7 @@ def test_a_step_is_never_quicker_than_its_bound(config):
 
 
 def test_a_remat_that_computes_more_shows_in_the_compilers_count(planned):
-    plans = [
-        planned(TINY_LM, LOCAL, model={"remat": remat})
-        for remat in ("none", "full")
-    ]
+    plans = [planned(TINY_LM, LOCAL, model={"remat": remat}) for remat in ("none", "full")]
     none, full = (plan["compiled_flops"] for plan in plans)
     assert plans[0]["remat_flops"] == 0
     assert plans[1]["remat_flops"] == pytest.approx(full - none, rel=0.01)
