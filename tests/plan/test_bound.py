@@ -13,13 +13,14 @@ from trainer.state import init_state
 from trainer.step import compile_train_step, make_train_step
 from trainer.task import load_task
 
+SMALL = {"dim": 128, "num_heads": 4, "head_dim": 32, "mlp_dim": 256, "vocab_size": 256}
 LOCAL = {"backend": "local", "devices_per_process": 1}
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        changed(TINY_LM, model={"dtype": "float32"}),
+        changed(TINY_LM, model={**SMALL, "dtype": "float32"}),
         changed(TINY_MLP, model={"hidden": (1024, 1024)}),
     ],
     ids=["lm", "mlp"],
@@ -50,7 +51,7 @@ def test_a_step_is_never_quicker_than_its_bound(config):
 
 
 def test_a_remat_that_computes_more_shows_in_the_compilers_count(planned):
-    plans = [planned(TINY_LM, LOCAL, model={"remat": remat}) for remat in ("none", "full")]
+    plans = [planned(TINY_LM, LOCAL, model={**SMALL, "remat": remat}) for remat in ("none", "full")]
     none, full = (plan["compiled_flops"] for plan in plans)
     assert plans[0]["remat_flops"] == 0
     assert plans[1]["remat_flops"] == pytest.approx(full - none, rel=0.01)
