@@ -135,6 +135,15 @@ def test_flops_of_kernels_are_those_that_they_say():
     assert (silent.total, silent.silent) == (0.0, ("c",))
 
 
+def test_flops_of_splash_attention_are_the_causal_half_of_its_products():
+    name = "ROOT %splash_mha_dq_no_residuals.5"
+    call = 'custom-call(%a, %b), custom_call_target="tpu_custom_call"'
+    text = CONVOLUTION.replace("ROOT %c", name).replace("convolution(%a, %b), {attributes}", call)
+    found = count_flops(parse(text.format(a="4,64,16", b="4,64,16", out="4,64,16")))
+    assert found.total == found.kernels == 3 * 2 * 4 * 64 * 64 * 16 / 2
+    assert found.silent == ()
+
+
 ASSIGNMENT = """\
 BufferAssignment:
 allocation 0: size 400, parameter 1, shape |f32[100]| at ShapeIndex {}:

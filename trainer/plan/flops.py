@@ -16,6 +16,13 @@ import numpy as np
 from trainer.plan.hlo import Computation, Instruction, Module, Shape, metadata
 from trainer.plan.loops import executions
 
+# JAX's splash attention says nothing of itself. Products [queries, keys, width of a head] of its
+# kernels, by what their names begin with: scores and their use; scores again, and the gradients.
+_SPLASH = {
+    "splash_mha_fwd": 2, "splash_mqa_fwd": 2,
+    "splash_mha_dq": 3, "splash_mqa_dq": 3,
+    "splash_mha_dkv": 4, "splash_mqa_dkv": 4,
+}  # fmt: skip
 _LIST = r"\{([\d,]*)\}"
 
 
@@ -25,7 +32,8 @@ class Flops(NamedTuple):
     Attributes:
       total: of products, all loops multiplied out.
       again: of `total`, those of a forward pass that the backward pass repeats (remat).
-      kernels: of `total`, those in kernels that are no HLO (Pallas), as the kernels say themselves.
+      kernels: of `total`, those in kernels that are no HLO (Pallas), as the kernels say themselves;
+        of splash attention the causal half of its products.
       silent: kernels, by name, that say nothing; their FLOPs are not in `total`.
     """
 
@@ -48,7 +56,7 @@ def count_flops(module: Module) -> Flops:
             elif instruction.opcode == "convolution":
                 done = times * _convolution(instruction, computation)
             elif instruction.opcode == "custom-call" and _is_kernel(instruction):
-                done = times * _said_by_kernel(instruction)
+                done = times * (_said_by_kernel(instruction) or _splash(instruction, computation))
                 kernels += done
                 if not done:
                     silent.add(instruction.name.split(".")[0])
@@ -136,3 +144,21 @@ def _said_by_kernel(instruction: Instruction) -> float:
     """The FLOPs in a Pallas kernel's own estimate; 0 without one."""
     found = re.search(r'"cost_estimate":(\{[^{}]*\})', instruction.attributes)
     return float(json.loads(found[1]).get("flops", 0)) if found else 0.0
+
+
+def _splash(instruction: Instruction, computation: Computation) -> float:
+    """Of a kernel of splash attention under a causal mask, at the least; 0 of any other."""
+    products = next(
+        (number for name, number in _SPLASH.items() if instruction.name.startswith(name)), 0
+    )
+    arrays = [
+        shape
+        for operand in instruction.operands
+        if operand in computation.instructions
+        for shape in computation.instructions[operand].shapes
+        if shape.dtype in ("bf16", "f16", "f32")
+    ]
+    if not products or len(arrays) < 2:
+        return 0.0
+    queries, keys = arrays[:2]  # [..., L, H] and [..., M, H].
+    return products * 2.0 * queries.size * keys.dims[-2] / 2
