@@ -129,7 +129,11 @@ def _arithmetic(record: Mapping[str, Any]) -> list[str]:
         formula = record["model_flops_formula"]
         lines.append(f"model FLOPs: {model:.4g} a step" + (f" ({formula})" if formula else ""))
     kernels = record["kernel_flops"]
-    said = f", {kernels:.3g} of them in kernels, by their own estimate or by formula" if kernels else ""
+    said = (
+        f", {kernels:.3g} of them in kernels, by their own estimate or by formula"
+        if kernels
+        else ""
+    )
     ratio = f", {compiled / model:.3f} times the model's" if model and compiled else ""
     again = record["remat_flops"]
     ratio += f"; {again / compiled:.1%} compute the forward pass again" if again else ""
