@@ -1,7 +1,8 @@
 """What the Llama-shaped configs have in common; each of them says the rest.
 
 Data are files of token ids, as `trainer.data.records.write_token_records` writes them. The mesh is
-FSDP over all chips of a slice, whatever their number; several slices are replicas of each other.
+FSDP over all chips of a slice, whatever their number, unless a config says otherwise; several
+slices are replicas of each other.
 """
 
 from __future__ import annotations

@@ -14,6 +14,9 @@ from configs import llama
 
 def get_config() -> ConfigDict:
     config = llama.training(num_steps=50_000, global_batch_size=512, peak_rate=6e-4)
+    # FSDP over one dim of the torus. Over all of it shards would be too small to travel well.
+    config.mesh.data = -1  # what the other sizes leave of the devices
+    config.mesh.fsdp = 16
     config.model = ConfigDict()
     config.model.vocab_size = 128_256  # Llama 3's
     config.model.dim = 2048

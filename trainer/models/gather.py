@@ -80,7 +80,9 @@ class Gather:
         shape = rows.shape[1:]
         rows = rows.reshape(rows.shape[0], -1)
         length = rows.shape[1]
-        rows = jnp.pad(rows, ((0, 0), (0, -length % self.align)))
+        padding = -length % self.align
+        if padding <= length // 16:  # More would cost what it saves.
+            rows = jnp.pad(rows, ((0, 0), (0, padding)))
         rows = with_layout_constraint(rows, Layout((0, 1)))
         rows = jax.lax.psum_scatter(rows, axes, scatter_dimension=0, tiled=True)
         return jnp.moveaxis(rows[:, :length].reshape(-1, *shape), 0, dim)
