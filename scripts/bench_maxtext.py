@@ -4,7 +4,7 @@
     python -m scripts.bench_maxtext --only=llama2-7b-v5p
     python -m scripts.bench_maxtext --only=llama2-7b-v5p --model.remat=keep_qkv
 
-No TPU is needed: libtpu compiles for a topology (`pip install 'muster[plan]'`). Each row is a
+No TPU is needed: libtpu compiles for a topology (`pip install 'jax[tpu]'`). Each row is a
 model of Llama's shape at sequence length 4096, FSDP over all chips, float32 params and Adam state,
 bfloat16 compute, full remat. MaxText's figures are constants, of version 0.2.5 with jax 0.12 and
 libtpu 0.0.52: the two compare where these are installed here.

@@ -22,7 +22,7 @@ _LIMIT_SECONDS = 6 * 3600.0  # Against hanging only.
 _SHOWN_LINES = 15
 NO_LIBTPU = (
     "libtpu, which compiles for TPUs on a machine without any, is not installed here; "
-    "pip install 'muster[plan]' (or libtpu itself) brings it"
+    "pip install 'jax[tpu]' brings the right one"
 )
 
 

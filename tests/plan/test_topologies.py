@@ -95,7 +95,7 @@ def test_without_libtpu_there_is_one_line(monkeypatch):
         "find_spec",
         lambda name: None if name == "libtpu" else find_spec(name),
     )
-    with pytest.raises(ConfigError, match=r"libtpu is not installed: pip install 'muster\[plan\]'"):
+    with pytest.raises(ConfigError, match=r"libtpu is not installed: pip install 'jax\[tpu\]'"):
         target.make_target(cluster_spec(tpu("v5litepod-4")))
 
 

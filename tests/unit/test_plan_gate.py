@@ -108,7 +108,7 @@ def test_without_a_plan_the_run_goes_on_and_says_why(why, files, capsys, monkeyp
         "no data": "warning: not planned: config.data.path='x': is not there",
     }
     assert told.get(why, "") in err
-    assert ("muster[plan]" in err) == (why == "no libtpu")
+    assert ("jax[tpu]" in err) == (why == "no libtpu")
 
 
 def test_a_dry_run_says_what_the_gate_would_do_and_does_not_plan(files, capsys):
@@ -169,7 +169,7 @@ def test_a_plan_is_kept_with_its_run(tmp_path):
 
 
 MISTAKES = {
-    "no libtpu": ([], "pip install 'muster[plan]'"),
+    "no libtpu": ([], "pip install 'jax[tpu]'"),
     "search": (["--compile=3"], "--compile: is for a search; give --search as well"),
     "number": (["--search", "--compile=x"], "--compile='x': must be a number from 0"),
     "parallel": (["--search", "--parallel=0"], "--parallel='0': must be a number from 1"),

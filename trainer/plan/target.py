@@ -73,7 +73,7 @@ def _tpu(cluster: Cluster) -> Target:
         raise ConfigError(
             "",
             "to plan for TPUs the compiler is needed, and the package libtpu is not installed: "
-            "pip install 'muster[plan]' (no TPU is needed)",
+            "pip install 'jax[tpu]' (no TPU is needed)",
         )
     from jax.experimental import topologies
 
