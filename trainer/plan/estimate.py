@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-
-import jax
 
 from launch.spec import BATCH_AXES, TrainSpec
 from launch.topology import Chip
 from trainer.ledger import array_bytes
 from trainer.plan.bound import bounds, largest, peaks_of
+from trainer.plan.least import dtype_width, gathered_bytes
 from trainer.plan.trace import Trace
 from trainer.prepare import Prepared
 from trainer.sharding import as_tuple
@@ -91,11 +90,9 @@ def expected_bytes(spec: TrainSpec, task: Task, layout: StateLayout) -> dict[str
     width = task.compute_dtype()
     total = {"ici": 0.0, "dcn": 0.0}
 
-    def send(size: float, axes: Iterable[str]) -> None:
-        within = math.prod(getattr(mesh, axis) for axis in axes)
-        across = math.prod(getattr(mesh, f"dcn_{axis}") for axis in axes)
-        total["ici"] += size * (within - 1) / within
-        total["dcn"] += size / within * (across - 1) / across
+    def send(size: float, axes: Sequence[str]) -> None:
+        for link, sent in gathered_bytes(size, axes, mesh).items():
+            total[link] += sent
 
     shardings = iter(layout.gradients)
     for name, leaf in zip(layout.names, layout.abstract, strict=True):
@@ -121,11 +118,6 @@ def expected_bytes(spec: TrainSpec, task: Task, layout: StateLayout) -> dict[str
         examples = spec.global_batch_size / mesh.batch_shards
         total["ici"] += 2 * (mesh.tensor - 1) / mesh.tensor * activations * examples
     return total
-
-
-def dtype_width(name: str) -> int:
-    """Bytes of an element."""
-    return jax.numpy.dtype(name).itemsize
 
 
 def _axes(sharding: Any) -> set[str]:

@@ -10,8 +10,9 @@ Between slices the same holds of what each device of a slice answers for.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-import numpy as np
+import jax.numpy as jnp
 
 from launch.spec import BATCH_AXES, MeshSpec, TrainSpec
 from trainer.ledger import array_bytes
@@ -42,13 +43,13 @@ def least_bytes(spec: TrainSpec, task: Task, layout: StateLayout) -> dict[str, f
             layout.mesh.shape[axis] for axis in axes if axis not in BATCH_AXES
         )
         if width is not None:
-            size *= min(1.0, _width(width) / leaf.dtype.itemsize)
+            size *= min(1.0, dtype_width(width) / leaf.dtype.itemsize)
         shared = [axis for axis in BATCH_AXES if axis in axes]
         alike = [axis for axis in BATCH_AXES if axis not in axes]
-        for link, sent in _gathered(size, shared, mesh).items():
+        for link, sent in gathered_bytes(size, shared, mesh).items():
             total[link] += 3 * spec.num_microbatches * sent
         shard = size / math.prod(layout.mesh.shape[axis] for axis in shared)
-        for link, sent in _gathered(shard, alike, mesh).items():
+        for link, sent in gathered_bytes(shard, alike, mesh).items():
             total[link] += 2 * sent  # An all-reduce is a scatter and a gather.
     activations = task.tensor_bytes_per_example()
     n = mesh.tensor
@@ -58,7 +59,7 @@ def least_bytes(spec: TrainSpec, task: Task, layout: StateLayout) -> dict[str, f
     return total
 
 
-def _gathered(size: float, axes: list[str], mesh: MeshSpec) -> dict[str, float]:
+def gathered_bytes(size: float, axes: Sequence[str], mesh: MeshSpec) -> dict[str, float]:
     """Bytes that a gather (or a scatter) of an array over some axes moves, by link."""
     within = math.prod(getattr(mesh, axis) for axis in axes)
     across = math.prod(getattr(mesh, f"dcn_{axis}") for axis in axes)
@@ -66,5 +67,6 @@ def _gathered(size: float, axes: list[str], mesh: MeshSpec) -> dict[str, float]:
     return {"ici": size * (within - 1) / within, "dcn": size / within * (across - 1) / across}
 
 
-def _width(dtype: str) -> int:
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+def dtype_width(dtype: str) -> int:
+    """Bytes of an element."""
+    return jnp.dtype(dtype).itemsize
