@@ -82,9 +82,9 @@ def estimate(
 def expected_bytes(spec: TrainSpec, task: Task, layout: StateLayout) -> dict[str, float]:
     """Bytes that each device will send in a step, by link.
 
-    More than the least that is possible: the trainer reduces the gradients of each microbatch, and
-    in the dtype of the parameters. Optimizer state that is split over more axes than its params
-    has the new params gathered from there.
+    More than the least that is possible: the trainer reduces the gradients of each microbatch, in
+    the dtype in which weights are used. Optimizer state that is split over more axes than its
+    params has the new params gathered from there.
     """
     mesh, number = spec.mesh, spec.num_microbatches
     width = task.compute_dtype()
@@ -106,8 +106,8 @@ def expected_bytes(spec: TrainSpec, task: Task, layout: StateLayout) -> dict[str
         narrow = 1.0 if width is None else min(1.0, dtype_width(width) / leaf.dtype.itemsize)
         shared = [axis for axis in BATCH_AXES if axis in axes]
         # Gathered forward and backward, and their gradients scattered.
-        send(number * full * (2 * narrow + 1), shared)
-        shard = array_bytes(leaf)[1]
+        send(number * 3 * narrow * full, shared)
+        shard = narrow * array_bytes(leaf)[1]
         for axis in BATCH_AXES:
             if axis in axes:
                 continue
