@@ -46,7 +46,9 @@ JAX_GANG = """
     jax.distributed.initialize()
     from jax.experimental import multihost_utils
     total = multihost_utils.process_allgather(jax.numpy.ones(())).sum()
-    print("gang", jax.process_count(), jax.device_count(), jax.local_device_count(), int(total))
+    # Not printed: Gloo's threads write in the middle of such a line.
+    counts = jax.process_count(), jax.device_count(), jax.local_device_count(), int(total)
+    assert counts == (2, 6, 3, 2), counts
 """
 
 
@@ -69,14 +71,10 @@ def test_two_gangs_of_programs_that_call_initialize_without_arguments_do_not_mee
         (tmp_path / name).mkdir()
         cluster = {"hosts": hosts, "processes_per_host": 2 // hosts, "devices_per_process": 3}
         gangs.append(MusterCommand(tmp_path / name, **cluster))
-    started = [gang.start("--process=all", program=JAX_GANG) for gang in gangs]
+    started = [gang.start(program=JAX_GANG) for gang in gangs]
     for gang, process in zip(gangs, started, strict=True):
-        out, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-        assert sorted(line for line in out.splitlines() if "gang" in line) == [
-            "[process 0/2] gang 2 6 3 2",
-            "[process 1/2] gang 2 6 3 2",
-        ]
         assert gang.left() == []
 
 
