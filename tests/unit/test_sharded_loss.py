@@ -21,6 +21,7 @@ KINDS = {
     "tied, everything": ({"z_loss": 0.01, "num_layers": 1}, EVERYTHING),
     "untied, everything": ({"tied_head": False, "mlp_chunk": 5, "num_layers": 1}, EVERYTHING),
     "scanned, fsdp": ({**SCANNED, "mlp_chunk": 5, "remat": "keep_qkv"}, FSDP),
+    "scanned, everything": ({**SCANNED, "mlp_chunk": 5, "remat": "full"}, EVERYTHING),
 }
 
 

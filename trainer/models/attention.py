@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from launch.spec import ConfigError
 from trainer.models import remat
+from trainer.models.layer_loop import Input
 from trainer.models.place import Place
 from trainer.models.rope import Rope
 from trainer.models.transformer_config import TransformerConfig
@@ -36,14 +37,12 @@ class Attention(nnx.Module):
         fan_in = residual_fan_in(config, Q * H)
         self.out_QHD = make_weight(config, rngs, (Q, H, D), ("heads", "head_dim", "embed"), fan_in)
 
-    def __call__(
-        self, x_ND: jax.Array, norm: RMSNorm, rope: Rope, batch: int, place: Place
-    ) -> jax.Array:
+    def __call__(self, x: Input, norm: RMSNorm, rope: Rope, batch: int, place: Place) -> jax.Array:
         """[N, D] to [N, D], where N is `batch` sequences one after the other; normed by `norm`."""
-        N = x_ND.shape[0]
+        N = x.x.shape[0]
 
         def enter(x_ND: jax.Array, *weights: jax.Array) -> list[jax.Array]:
-            normed_ND = place.enter(norm(x_ND, place))
+            normed_ND = place.enter(norm(x.within(x_ND).read(), place))
             heads = (batch, N // batch, -1, self.width)
             # Behind the barrier, because XLA on TPU would write the products out in float32 for the
             # rotation and transpose them so.
@@ -58,7 +57,7 @@ class Attention(nnx.Module):
 
         enter, leave = (remat.lightly(part, self.remat) for part in (enter, leave))
         weights = (self.query_DQH, self.key_DKH, self.value_DKH)
-        projected = enter(x_ND, *(place.weight(weight, self.dtype, 1) for weight in weights))
+        projected = enter(x.x, *(place.weight(weight, self.dtype, 1) for weight in weights))
         q_BQLH, k_BKMH, v_BKMH = (checkpoint_name(x, remat.QUERY_KEY_VALUE) for x in projected)
         kernel = choose_kernel(self.kernel, N // batch, self.width, self.dtype, place)
         out_BQLH = attend(q_BQLH, k_BKMH, v_BKMH, kernel)

@@ -147,7 +147,8 @@ def _head_loss_forward(
         dweight = dlogits_NX.T @ x_ND if tied else x_ND.T @ dlogits_NX
         return dx_ND, how.gather.scatter(dweight)
 
-    zeros_ND = jnp.zeros(x_ND.shape, jnp.float32)
+    # Zeros that are not there before the layers are done: XLA on TPU sets constants up early.
+    zeros_ND = jnp.broadcast_to(0.0 * log_z_N[:, None], x_ND.shape)
     dx_ND, dhead = scan_gathered(use, zeros_ND, how.shards(head), how.gather.gather)
     dx_ND = dx_ND.astype(x_ND.dtype)
     if how.tensor:

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from trainer.models.attention import Attention
 from trainer.models.embedding import look_up
 from trainer.models.head_loss import HeadLoss, token_loss
+from trainer.models.layer_loop import Input, loop_over_layers
 from trainer.models.place import WHOLE, Place, find_place, over_batch_axes, pin
 from trainer.models.remat import cast_in_loop, rematerialized
 from trainer.models.rope import Rope
@@ -44,12 +45,12 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x_ND: jax.Array, rope: Rope, batch: int, place: Place) -> jax.Array:
+    def __call__(self, x: Input, rope: Rope, batch: int, place: Place) -> jax.Array:
         """[N, D] to [N, D], where N is `batch` sequences one after the other."""
+        x = x.within(place.row_major(x.x))
+        x_ND = x.read() + self.attention(x, self.attention_norm, rope, batch, place)
         x_ND = place.row_major(x_ND)
-        x_ND = x_ND + self.attention(x_ND, self.attention_norm, rope, batch, place)
-        x_ND = place.row_major(x_ND)
-        x_ND = x_ND + self.mlp(self.mlp_norm(x_ND, place), place)
+        x_ND = self.mlp(x_ND, self.mlp_norm, place)
         return x_ND if place.is_local else over_batch_axes(x_ND, batch)
 
 
@@ -149,10 +150,17 @@ class Transformer(nnx.Module):
         config = self.config
 
         # A pure function of a layer's state, which both lax.scan and jax.checkpoint want.
-        def apply(state: Any, x_ND: jax.Array) -> jax.Array:
+        def of_layer(state: Any, x: Input, rope: Rope) -> jax.Array:
             if config.scan_layers and place.batch and place.platform == "tpu":
-                state = cast_in_loop(state, x_ND)
-            return nnx.merge(graphdef, state)(x_ND, rope, batch, place)
+                state = cast_in_loop(state, x.read())
+            return nnx.merge(graphdef, state)(x, rope, batch, place)
+
+        if config.scan_layers and config.remat == "full" and place.is_local:
+            graphdef, stacked = nnx.split(self.layers)
+            return loop_over_layers(of_layer, config.dtype, stacked, x_ND, rope)
+
+        def apply(state: Any, x_ND: jax.Array) -> jax.Array:
+            return of_layer(state, Input(x_ND), rope)
 
         apply = rematerialized(apply, config.remat, place, prevent_cse=not config.scan_layers)
         if not config.scan_layers:
