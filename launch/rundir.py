@@ -69,6 +69,11 @@ def agent_log_path(attempt: Path, host: str) -> Path:
     return attempt / f"agent-{host}.log"
 
 
+def deadline_path(attempt: Path, process_id: int) -> Path:
+    """When a process that is told to stop will be killed (contract.record_deadline)."""
+    return attempt / f"process-{process_id:05d}.deadline.json"
+
+
 def stacks_path(attempt: Path, process_id: int) -> Path:
     """Where a process's Python stacks are written."""
     return attempt / contract.STACKS / f"process-{process_id:05d}.txt"

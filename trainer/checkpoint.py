@@ -174,6 +174,14 @@ class Checkpointer:
         checkpoint_format.complete_manifest(self._files.written_path(self._path(self._saving)))
 
     @property
+    def good_step(self) -> int | None:
+        """The newest step known to be on the disk, whole; it looks, from whatever thread."""
+        saving = self._saving
+        if saving is None or storage.is_remote(self.directory):
+            return self._good
+        return saving if self._path(saving).exists() else self._good
+
+    @property
     def saving(self) -> bool:
         """Is a save on its way, as far as `check` and `wait` have seen?"""
         return self._saving is not None

@@ -33,7 +33,9 @@ from trainer.task import Task
 from trainer.unison import check_program
 
 
-def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> int:
+def train(
+    spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any], stop: StopSignal
+) -> int:
     """Train until `spec.num_steps` or until told to stop; resumes what `workdir` holds.
 
     Collective: every process of the gang must call this, after `distributed.initialize`.
@@ -43,6 +45,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
       task: the model, its loss and its data.
       workdir: the run directory, on a file system that all processes share or on GCS.
       config: the resolved config as plain JSON, for the records.
+      stop: that this process has joined its gang with.
 
     Returns:
       The exit code: EXIT_DONE, or EXIT_RESUMABLE when stopped early with a checkpoint.
@@ -71,6 +74,8 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
 
     # ------------------------------------------------------------------ restore, or a fresh state
     step, leaves = restore_or_init(saver, layout, feed)
+    stop.step = step
+    stop.standing = lambda: standing(saver, stop.step)
 
     # ------------------------------------------------------------------ compile
     contract.report_progress(step, "compile")
@@ -88,8 +93,8 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     # What is logged up to a step must not be lost when that step is resumed from.
     saver.before_commit = output.flush if output else None
     reporter = make_reporter(spec, task, layout, optimizer, output)
-    evaluate = make_evaluate(spec, task, layout)
-    with StopSignal() as stop, output or contextlib.nullcontext():
+    evaluate = make_evaluate(spec, task, layout, stop)
+    with output or contextlib.nullcontext():
         loop = Loop(
             layout=layout,
             num_steps=spec.num_steps,
@@ -99,7 +104,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
             batches=feed,
             saver=saver,
             reporter=reporter,
-            stop_agreed=stop.agreed,
+            stop=stop,
             evaluate=evaluate,
         )
         ended = loop.run(leaves, step)
@@ -107,7 +112,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     # ------------------------------------------------------------------ finish
     contract.report_progress(ended.step, "eval")
     if ended.stopped:
-        say(f"told to stop: step {ended.step} is saved, the same command resumes from it")
+        say(f"told to stop: {standing(saver, ended.step)}; the same command goes on from there")
     else:
         loss = reporter.last_eval_loss
         say(f"done at step {ended.step}" + (f": {task.verdict(loss)}" if loss is not None else ""))
@@ -116,6 +121,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     say(f"metrics and TensorBoard events: {workdir}")
     contract.report_progress(ended.step, "save")
     saver.close()  # Waits for what is still being written.
+    stop.saved()
     feed.close()
     return contract.EXIT_RESUMABLE if ended.stopped else contract.EXIT_DONE
 
@@ -129,6 +135,17 @@ def restore_or_init(saver: Checkpointer, layout: StateLayout, feed: Feed) -> tup
     feed.restore(restored.data_position)
     say(f"resumed from step {restored.step} ({saver.directory / str(restored.step)})")
     return restored.step, layout.from_dict(restored.state)
+
+
+def standing(saver: Checkpointer, step: int) -> str:
+    """What is kept of a run that ends at `step`, and what is lost."""
+    kept = saver.good_step
+    if kept is None:
+        return f"nothing is saved yet, {step} steps are lost" if step else "nothing is lost"
+    if kept >= step:
+        return f"step {kept} is saved"
+    lost = step - kept
+    return f"step {kept} is kept, {lost} step{'s are' if lost > 1 else ' is'} lost"
 
 
 def make_reporter(
