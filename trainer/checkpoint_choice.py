@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from typing import Any
 
@@ -9,8 +10,8 @@ import jax
 
 from launch.spec import ConfigError
 from trainer import checkpoint_directory, checkpoint_gcs, checksums, distributed, storage
-from trainer.checkpoint_directory import DAMAGED
-from trainer.checkpoint_format import MANIFEST
+from trainer.checkpoint_directory import DAMAGED, MANIFEST
+from trainer.checkpoints import verified
 
 
 class CheckpointError(RuntimeError):
@@ -72,12 +73,10 @@ def newest_usable(directory: storage.Path) -> int | None:
         had_damaged = files.has_damaged(directory)
     steps, had_damaged = distributed.broadcast("checkpoint/steps", (steps, had_damaged))
     for step in steps:
-        problems = distributed.gather("checkpoint/verify", _problem(directory / str(step)), 3600.0)
-        why = next((problem for problem in problems if problem), None)
+        why = problem_of(directory / str(step))
         if why is None:
             return step
-        if lead:
-            files.set_aside(directory, step, why)
+        set_aside(directory, step, why)
     distributed.barrier("checkpoint/set_aside")
     if steps or had_damaged:
         raise CheckpointError(
@@ -86,6 +85,60 @@ def newest_usable(directory: storage.Path) -> int | None:
             "away"
         )
     return None
+
+
+def newest_usable_of_another(directory: storage.Path, step: int | None) -> int:
+    """The newest step of another run whose checksums hold. Collective. Nothing is changed there.
+
+    Args:
+      directory: of its checkpoints.
+      step: the only one that will do; None for the newest.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    field, where = "config.init_from", str(directory)
+    steps: list[int] = []
+    if distributed.is_lead():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            steps = files_of(directory).steps_in(directory)
+    steps = distributed.broadcast("checkpoint/steps_of_another", steps)
+    if not steps:
+        raise ConfigError(field, "holds no complete checkpoint", where)
+    if step is not None and step not in steps:
+        rule = f"has no step {step}; it has {', '.join(map(str, sorted(steps)))}"
+        raise ConfigError(field, rule, where)
+    wanted = steps if step is None else [step]
+    problems = []
+    for number in wanted:
+        why = problem_of(directory / str(number), noted=False)
+        if why is None:
+            return number
+        problems.append(f"step {number}: {why}")
+        distributed.say(f"warning: {field}: {problems[-1]}")
+    raise ConfigError(field, f"none of its steps can be used: {'; '.join(problems[:3])}", where)
+
+
+def problem_of(step: storage.Path, *, noted: bool = True) -> str | None:
+    """What is wrong with a step's files, or None. Collective; each process reads its share.
+
+    Args:
+      step: its directory.
+      noted: whether to note beside it that it was verified.
+    """
+    problems = distributed.gather("checkpoint/verify", _problem(step), 3600.0)
+    why = next((problem for problem in problems if problem), None)
+    if why is None and noted and distributed.is_lead():
+        verified.note(step.parent, step.name, verified.manifest_of(step), None)
+    return why
+
+
+def set_aside(directory: storage.Path, step: int, why: str) -> None:
+    """Have the lead move a step that cannot be used out of the way. Collective."""
+    if distributed.is_lead():
+        target = files_of(directory).set_aside(directory, step, why)
+        verified.note(directory, f"{DAMAGED}/{target.name}", verified.manifest_of(target), why)
+    distributed.barrier("checkpoint/set_aside")
 
 
 def _problem(step: storage.Path) -> str | None:

@@ -14,71 +14,21 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from launch.spec import ConfigError
 from trainer import checkpoint_gcs, checksums, storage
+from trainer.checkpoint_directory import MANIFEST, META, STATE
 
-MANIFEST = "checksums.json"
-STATE, META = "state", "meta"
 _PROCESS_MANIFEST = "checksums.process_{}.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """A checkpoint read back.
-
-    Attributes:
-      step: completed updates.
-      state: dotted name -> array, in the shardings asked for.
-      data_position: the JSON value given to `save`.
-      config: the resolved config of the run that saved it.
-    """
-
-    step: int
-    state: dict[str, jax.Array]
-    data_position: Any
-    config: Mapping[str, Any]
 
 
 def describe(array: Any) -> dict[str, Any]:
     """Shape and dtype of an array or its abstract, as JSON."""
     return {"shape": list(array.shape), "dtype": str(array.dtype)}
-
-
-def compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: object) -> None:
-    """Refuse a checkpoint of another state: Orbax would cast dtypes without a word.
-
-    Args:
-      saved: dotted name -> what `describe` said when it was saved.
-      wanted: dotted name -> array or abstract array.
-      path: of the checkpoint, for the message.
-
-    Raises:
-      ConfigError: names, shapes or dtypes differ; all of them are listed.
-    """
-    found = {name: describe(array) for name, array in wanted.items()}
-
-    def show(leaf: Mapping[str, Any]) -> str:
-        return f"{leaf['dtype']}{leaf['shape']}"
-
-    differences = [f"{name} is not saved there" for name in sorted(found.keys() - saved.keys())]
-    differences += [f"{name} is not in this run" for name in sorted(saved.keys() - found.keys())]
-    differences += [
-        f"{name} is {show(saved[name])} there, {show(found[name])} here"
-        for name in sorted(saved.keys() & found.keys())
-        if saved[name] != found[name]
-    ]
-    if differences:
-        raise ConfigError(
-            "",
-            f"the state of this config is not the one saved in {path}: {'; '.join(differences)}; "
-            "restore the config that wrote it, or give another --workdir",
-        )
 
 
 class StateHandler(ocp.PyTreeCheckpointHandler):

@@ -13,7 +13,7 @@ import jax
 from launch import contract
 from launch.spec import TrainSpec
 from launch.topology import peak_flops
-from trainer import distributed, storage
+from trainer import distributed, fingerprint, storage
 from trainer.checkpoint import Checkpointer
 from trainer.data.feed import Feed
 from trainer.distributed import say
@@ -26,8 +26,9 @@ from trainer.optimizer import Optimizer
 from trainer.preemption import StopSignal
 from trainer.prepare import prepare
 from trainer.report import Output, Reporter
+from trainer.resume import Resume
 from trainer.schedules import remarks
-from trainer.state import Leaves, StateLayout, init_state
+from trainer.state import StateLayout
 from trainer.step import compile_train_step, make_train_step
 from trainer.task import Task
 from trainer.unison import check_program
@@ -62,15 +63,24 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
 
     # ------------------------------------------------------------------ records
     # First: where nothing can be written, all processes say so together.
+    software = {"code": fingerprint.of_task(task), "versions": fingerprint.versions()}
     saver = Checkpointer(
-        os.path.join(workdir, contract.CHECKPOINTS), spec.checkpoint, config=config
+        os.path.join(workdir, contract.CHECKPOINTS),
+        spec.checkpoint,
+        config=config,
+        record={**software, "params": sorted(layout.params)},
     )
     if distributed.is_lead():
-        _write_json(workdir, contract.CONFIG_RECORD, {"schema": contract.SCHEMA, **config})
         _write_json(workdir, contract.LEDGER_RECORD, ledger.as_record())
 
     # ------------------------------------------------------------------ restore, or a fresh state
-    step, leaves = restore_or_init(saver, layout, feed)
+    contract.report_progress(0, "restore")
+    beginning = Resume(spec, workdir, {"config": config, **software}, layout).begin(saver)
+    step, leaves = beginning.step, beginning.leaves
+    if beginning.data_position is not None:
+        feed.restore(beginning.data_position)
+    if distributed.is_lead():  # Not before: a config that is refused must leave no trace.
+        _write_json(workdir, contract.CONFIG_RECORD, {"schema": contract.SCHEMA, **config})
 
     # ------------------------------------------------------------------ compile
     contract.report_progress(step, "compile")
@@ -118,17 +128,6 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     saver.close()  # Waits for what is still being written.
     feed.close()
     return contract.EXIT_RESUMABLE if ended.stopped else contract.EXIT_DONE
-
-
-def restore_or_init(saver: Checkpointer, layout: StateLayout, feed: Feed) -> tuple[int, Leaves]:
-    """The newest usable checkpoint, or a fresh state where the run has none. Collective."""
-    contract.report_progress(0, "restore")
-    restored = saver.restore(layout.as_dict(layout.abstract))
-    if restored is None:
-        return 0, init_state(layout)
-    feed.restore(restored.data_position)
-    say(f"resumed from step {restored.step} ({saver.directory / str(restored.step)})")
-    return restored.step, layout.from_dict(restored.state)
 
 
 def make_reporter(
