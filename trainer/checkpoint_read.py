@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from launch.spec import ConfigError, RestoreSpec
-from trainer import checkpoint_choice, restore_plan, storage
+from trainer import checkpoint_choice, distributed, restore_plan, storage
 from trainer.checkpoint_directory import META, STATE
 from trainer.checkpoint_format import StateHandler, StateRestore, describe
 from trainer.checksums import DamagedError
@@ -103,6 +103,8 @@ def read_step(path: storage.Path, abstract: Abstract, plan: Plan | None, began: 
     digests = DeviceDigests().digests(found)
     saved_digests = meta.get("digests", {})  # Steps of older versions have none.
     wrong = [name for name, digest in digests.items() if saved_digests.get(name, digest) != digest]
+    told = distributed.gather("checkpoint/leaves", wrong)
+    wrong = list(dict.fromkeys(name for names in told for name in names))
     if wrong:
         more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
         raise DamagedError(

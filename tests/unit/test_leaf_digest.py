@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from trainer import device_digest
 from trainer.device_digest import DeviceDigests
 from trainer.leaf_digest import can_digest, leaf_digest
 
@@ -24,14 +25,17 @@ def make(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_digest_of_devices_is_that_of_the_host(dtype):
+@pytest.mark.parametrize("small", [0, 100])
+def test_the_digest_of_devices_is_that_of_the_host(dtype, small, monkeypatch):
+    monkeypatch.setattr(device_digest, "_SMALL", small)
     state = {f"{shape}": make(dtype, shape) for shape in [(), (7,), (24, 16), (2, 3, 4, 5)]}
     found = DeviceDigests().digests({name: jnp.asarray(array) for name, array in state.items()})
     assert found == {name: leaf_digest(array) for name, array in state.items()}
     assert len(set(found.values())) == len(found)
 
 
-def test_the_digest_does_not_depend_on_the_sharding():
+def test_the_digest_does_not_depend_on_the_sharding(monkeypatch):
+    monkeypatch.setattr(device_digest, "_SMALL", 0)
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("a", "b"))
     array, key = make("bfloat16", (16, 24)), jax.random.key(5)
     digests = DeviceDigests()
