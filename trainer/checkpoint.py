@@ -20,7 +20,14 @@ import jax
 import orbax.checkpoint as ocp
 
 from launch.spec import CheckpointSpec
-from trainer import checkpoint_choice, checkpoint_directory, checkpoint_format, distributed, storage
+from trainer import (
+    checkpoint_choice,
+    checkpoint_directory,
+    checkpoint_format,
+    checkpoint_seal,
+    distributed,
+    storage,
+)
 from trainer.checkpoint_choice import CheckpointError
 from trainer.checkpoint_directory import META, STATE
 from trainer.checkpoint_format import (
@@ -29,6 +36,8 @@ from trainer.checkpoint_format import (
     describe,
 )
 from trainer.checkpoint_read import Plan, Restored, read_step
+from trainer.checkpoints import steps
+from trainer.checkpoints.places import files_of
 from trainer.checksums import DamagedError
 from trainer.device_digest import DeviceDigests
 from trainer.save_watch import SaveWatch
@@ -70,7 +79,7 @@ class Checkpointer:
           ConfigError: the directory cannot be written, or is not the same on all processes.
         """
         self.directory = storage.path(directory)
-        self._files = checkpoint_choice.files_of(self.directory)
+        self._files = files_of(self.directory)
         self._spec = spec
         self._record = {"config": config, **record}
         self._digests = DeviceDigests()
@@ -241,8 +250,10 @@ class Checkpointer:
 
     def _retain(self) -> None:
         try:
+            checkpoint_seal.write(self._path(self._good))
+            # Only good ones count: damaged or unfinished ones must not push out the last good one.
             drop = checkpoint_directory.steps_to_drop(
-                self._files.steps_in(self.directory),
+                steps.good_steps(self.directory),
                 self._spec.keep_last,
                 self._spec.keep_every_steps,
             )

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from typing import Any
 
 import jax
 
 from launch.spec import ConfigError
-from trainer import checkpoint_directory, checkpoint_gcs, checksums, distributed, storage
+from trainer import checksums, distributed, storage
 from trainer.checkpoint_directory import DAMAGED, MANIFEST
 from trainer.checkpoints import verified
+from trainer.checkpoints.leaves import damaged_leaves
+from trainer.checkpoints.places import files_of, reader_of
+from trainer.checkpoints.steps import files_below
+from trainer.checkpoints.verify import leaves_in_words
+
+_MOST_BYTES = 4 * 2**30  # Of a step whose arrays the lead reads, only to name what is damaged.
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or none of those that exist can be read."""
-
-
-def files_of(directory: storage.Path) -> Any:
-    """The functions for what lies in a checkpoint directory, by where it is."""
-    return checkpoint_gcs if storage.is_remote(directory) else checkpoint_directory
 
 
 def probe(directory: storage.Path) -> None:
@@ -76,7 +76,7 @@ def newest_usable(directory: storage.Path) -> int | None:
         why = problem_of(directory / str(step))
         if why is None:
             return step
-        set_aside(directory, step, why)
+        set_aside(directory, step, why, name_leaves=True)
     distributed.barrier("checkpoint/set_aside")
     if steps or had_damaged:
         raise CheckpointError(
@@ -133,9 +133,19 @@ def problem_of(step: storage.Path, *, noted: bool = True) -> str | None:
     return why
 
 
-def set_aside(directory: storage.Path, step: int, why: str) -> None:
-    """Have the lead move a step that cannot be used out of the way. Collective."""
+def set_aside(directory: storage.Path, step: int, why: str, *, name_leaves: bool = False) -> None:
+    """Have the lead move a step that cannot be used out of the way. Collective.
+
+    Args:
+      directory: of the checkpoints.
+      step: its number.
+      why: what is wrong with it.
+      name_leaves: whether to look for the leaves that it hits, if that does not take long.
+    """
     if distributed.is_lead():
+        place = directory / str(step)
+        if name_leaves and sum(file.bytes for file in files_below(place).values()) < _MOST_BYTES:
+            why = "; ".join(filter(None, [why, leaves_in_words(damaged_leaves(place))]))
         target = files_of(directory).set_aside(directory, step, why)
         verified.note(directory, f"{DAMAGED}/{target.name}", verified.manifest_of(target), why)
     distributed.barrier("checkpoint/set_aside")
@@ -143,7 +153,7 @@ def set_aside(directory: storage.Path, step: int, why: str) -> None:
 
 def _problem(step: storage.Path) -> str | None:
     """What this process finds wrong with its share of a step's files, or None."""
-    reader: Any = checkpoint_gcs if storage.is_remote(step) else checksums
+    reader = reader_of(step)
     try:
         files = reader.read_manifest(step / MANIFEST)
         reader.verify(step, files, jax.process_index(), jax.process_count())

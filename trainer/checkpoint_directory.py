@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 # In a step's directory.
 MANIFEST = "checksums.json"
+SEAL = "checksums.commit.json"  # A manifest of what the commit itself wrote; see checkpoint_seal.
 STATE, META = "state", "meta"
 META_FILE = "metadata"  # In META, as Orbax's handler of JSON calls it.
 

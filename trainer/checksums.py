@@ -147,6 +147,8 @@ def parse_manifest(text: bytes, name: str) -> Digests:
         files = record["files"]
         if record["own"] != own_checksum(files) or record["chunk_bytes"] != CHUNK_BYTES:
             raise ValueError("its own checksum differs")
+        if text != manifest_text(files).encode():  # Whatever byte has changed in it.
+            raise ValueError("it is not as it was written")
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{name} cannot be read: {error}") from None
     return files

@@ -201,7 +201,7 @@ def of_task(task: object) -> dict[str, str]:
         name: module
         for name, module in modules.items()
         if not os.path.realpath(str(_fields_of(module).get("__file__"))).startswith(skipped)
-        and name not in ("__main__", _CONFIG_MODULE)
+        and name not in ("__main__", "__mp_main__", _CONFIG_MODULE)
     }
     return code(modules, {type(task).__module__.partition(".")[0]} - {"launch"}, _of_source)
 

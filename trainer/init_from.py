@@ -8,8 +8,8 @@ from typing import NamedTuple
 from launch import contract
 from launch.spec import ConfigError
 from trainer import storage
-from trainer.checkpoint_choice import files_of
 from trainer.checkpoint_directory import META, STATE
+from trainer.checkpoints.places import files_of
 
 
 class Source(NamedTuple):

@@ -58,8 +58,9 @@ def restore(state: dict[str, jax.Array] | None = None) -> Any:
 
 
 def top(gcs: FakeGcs) -> list[str]:
-    """What lies right below the checkpoint directory."""
-    return sorted({name.partition("/")[0] for name in gcs.names(BUCKET, BELOW)})
+    """What lies right below the checkpoint directory, but for the note of what was verified."""
+    found = {name.partition("/")[0] for name in gcs.names(BUCKET, BELOW)}
+    return sorted(found - {"verified.json"})
 
 
 _SAVED: dict[str, Any] = {}

@@ -13,7 +13,7 @@ CASES = {
     "unknown command": (["rum"], "no command 'rum'; did you mean 'run'?"),
     "later command": (
         ["certify"],
-        "no command 'certify'; known: doctor, gc, list, logs, plan, run, status, stop",
+        "no command 'certify'; known: checkpoints, doctor, gc, list",
     ),
     "unknown flag": (["run", "--wrokdir=x"], "no flag '--wrokdir=x'; did you mean 'workdir'?"),
     "detach": (["run", "--detach=yes"], "--detach='yes': takes no value"),

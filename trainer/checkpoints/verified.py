@@ -10,11 +10,13 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from launch import contract
-from trainer import checkpoint_gcs, checksums, storage
+from trainer import checksums, storage
 from trainer.checkpoint_directory import MANIFEST
+from trainer.checkpoints.places import reader_of
 from trainer.storage import Path
 
 log = logging.getLogger(__name__)
@@ -82,14 +84,13 @@ def note(directory: Path, name: str, manifest: str | None, problem: str | None) 
 
 def manifest_of(step: Path) -> str | None:
     """The checksum of a step's manifest itself; None where that cannot be read."""
-    reader = checkpoint_gcs if storage.is_remote(step) else checksums
     try:
-        return checksums.own_checksum(reader.read_manifest(step / MANIFEST))
+        return checksums.own_checksum(reader_of(step).read_manifest(step / MANIFEST))
     except checksums.DamagedError:
         return None
 
 
-def of_step(entries: dict[str, Verified], name: str, manifest: str | None) -> Verified | None:
+def of_step(entries: Mapping[str, Verified], name: str, manifest: str | None) -> Verified | None:
     """The entry of a step, if it is of this very step and not of another with its number."""
     entry = entries.get(name)
     return entry if entry is not None and entry.manifest == manifest else None
