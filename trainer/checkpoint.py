@@ -86,7 +86,7 @@ class Checkpointer:
         self._clock = clock
         self._last_time = clock()
         self.last_save_seconds: float | None = None  # From its start until it was on the disk.
-        self.last_digest_seconds = 0.0  # Of which the loop has waited for the leaves' digests.
+        self._digest_seconds: list[float] = []  # Of every save, waited for the leaves' digests.
         self._newest: int | None = None  # the newest step saved, restored or on its way
         self._good: int | None = None  # the newest step known to be committed
         self._saving: int | None = None
@@ -159,7 +159,7 @@ class Checkpointer:
     def _start(self, step: int, state: State, data_position: Any) -> None:
         began = time.perf_counter()
         digests = self._digests.digests(state)
-        self.last_digest_seconds = time.perf_counter() - began
+        self._digest_seconds.append(time.perf_counter() - began)
         state = dict(state) if self._snapshot is None else self._snapshot.take(state)
         meta = {
             "schema": 1,
@@ -269,6 +269,18 @@ class Checkpointer:
         return CheckpointError(
             f"saving step {self._saving} in {self.directory} failed on process "
             f"{jax.process_index()}: {lines[0][:500]}; {kept}"
+        )
+
+    @property
+    def cost(self) -> str:
+        """What the checks have cost this process, in words; "" before the first save."""
+        if not self._digest_seconds:
+            return ""
+        number = len(self._digest_seconds)
+        beside = self._handler.digest_seconds
+        return (
+            f"{number} saved; the loop waited {sum(self._digest_seconds):.2f} s for the leaves' "
+            f"digests, files' checksums took {beside:.2f} s beside it"
         )
 
     def close(self) -> None:

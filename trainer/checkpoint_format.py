@@ -1,8 +1,10 @@
 """What a checkpoint's step directory holds, and how Orbax is brought to write it.
 
     state/            every leaf by its dotted name, in Orbax's OCDBT format, not compressed
-    meta/             JSON: data position, config, versions, names, shapes and dtypes of the leaves
+    meta/             JSON: data position; config, digests of code, versions; names, shapes, dtypes
+                      and digests of the leaves; which of them are params
     checksums.json    the manifest of all files above
+    checksums.commit.json  of what the commit writes beside it; see checkpoint_seal
 
 The manifest is written before the commit (each process digests what it wrote, and the lead adds
 the rest; on Google Cloud Storage the lead asks for the checksums that are known there), so a step
@@ -38,19 +40,24 @@ class StateHandler(ocp.PyTreeCheckpointHandler):
     would do it for the whole gang's bytes, through the network.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.digest_seconds = 0.0  # Spent on digests of files since the start, beside the training.
+
     async def async_save(self, directory: Any, args: Any) -> Any:
         futures = await super().async_save(directory, args=args)
         if storage.is_remote(directory):
             return futures
         return [_Then(futures or [], lambda: self._digest(pathlib.Path(directory)))]
 
-    @staticmethod
-    def _digest(directory: pathlib.Path) -> None:
+    def _digest(self, directory: pathlib.Path) -> None:
+        began = time.perf_counter()
         process = jax.process_index()
         own = directory / f"ocdbt.process_{process}"
         names = checksums.files_below(own) if own.is_dir() else []
         digests = checksums.digest_files(directory, [f"{own.name}/{name}" for name in names])
         checksums.write_manifest(directory / _PROCESS_MANIFEST.format(process), digests)
+        self.digest_seconds += time.perf_counter() - began
 
 
 @ocp.args.register_with_handler(StateHandler, for_save=True)

@@ -122,7 +122,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
         loss = reporter.last_eval_loss
         say(f"done at step {ended.step}" + (f": {task.verdict(loss)}" if loss is not None else ""))
         finish(task, layout, ended.leaves, spec.eval.params, spec.seed)
-    say(f"checkpoints: {saver.directory}")
+    say(f"checkpoints: {saver.directory}" + (f" ({saver.cost})" if saver.cost else ""))
     say(f"metrics and TensorBoard events: {workdir}")
     contract.report_progress(ended.step, "save")
     saver.close()  # Waits for what is still being written.

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from launch import contract
 from tests.testing import tiny
@@ -45,17 +43,17 @@ class Training(MusterCommand):
         return done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def training(tmp_path_factory) -> Iterator[Training]:
-    """Steps 2 and 4 of a run of 2 processes. The tests below are its story, in order."""
-    made = Training(tmp_path_factory.mktemp("gate"))
-    made.edit(1.0)
-    made.train("--config.num_steps=4", "--config.checkpoint.every_steps=2")
-    yield made
-    made.check_nothing_is_left()
+def test_the_story_of_a_run_that_is_changed_started_from_copied_and_damaged(tmp_path):
+    training = Training(tmp_path)
+    training.edit(1.0)
+    training.train("--config.num_steps=4", "--config.checkpoint.every_steps=2")
+    changes_are_refused_allowed_by_name_and_applied_once(training)
+    another_run_starts_from_its_params_by_name(training, tmp_path / "fine")
+    its_checkpoints_are_looked_after(training, tmp_path / "copies")
+    training.check_nothing_is_left()
 
 
-def test_changes_are_refused_allowed_by_name_and_applied_once(training):
+def changes_are_refused_allowed_by_name_and_applied_once(training: Training) -> None:
     before = tiny.read_state(training.workdir, 4)
     # The launcher sees a config that differs, and starts nothing.
     text = training.train("--config.num_steps=5", "--config.seed=9", expect=2)
@@ -88,8 +86,9 @@ def test_changes_are_refused_allowed_by_name_and_applied_once(training):
     )
 
 
-def test_another_run_starts_from_its_params_by_name(training, tmp_path):
-    fine = Training(tmp_path, processes_per_host=1)
+def another_run_starts_from_its_params_by_name(training: Training, folder: Path) -> None:
+    folder.mkdir()
+    fine = Training(folder, processes_per_host=1)
     fine.edit(1.0)
     source = f"--config.init_from={training.workdir.name}@6"
     text = fine.train(source, "--config.num_steps=1", "--config.optimizer.adamw.learning_rate=0.0")
@@ -104,7 +103,8 @@ def test_another_run_starts_from_its_params_by_name(training, tmp_path):
     fine.check_nothing_is_left()
 
 
-def test_checkpoints_at_rest(training, tmp_path):
+def its_checkpoints_are_looked_after(training: Training, folder: Path) -> None:
+    folder.mkdir()
     report = json.loads(training.checkpoints("--json"))
     assert [step["step"] for step in report["steps"]] == [6, 5, 4]
     assert [step["step"] for step in report["steps"] if step["resume"]] == [6]
@@ -116,13 +116,13 @@ def test_checkpoints_at_rest(training, tmp_path):
     lines = training.checkpoints().splitlines()
     assert "damaged" in lines[1]
     assert lines[2].endswith("a resume takes this one")
-    assert "step 6 is damaged" in training.checkpoints("copy", "6", str(tmp_path), expect=2)
-    assert "copied to" in training.checkpoints("copy", "5", str(tmp_path / "other"))
+    assert "step 6 is damaged" in training.checkpoints("copy", "6", str(folder), expect=2)
+    assert "copied to" in training.checkpoints("copy", "5", str(folder / "other"))
     assert "a resume takes this one" in training.checkpoints("delete", "4") + training.checkpoints()
     assert "step 5 is the only good one" in training.checkpoints("delete", "5", expect=2)
     # What was copied is a run of its own.
-    other = Training(tmp_path, processes_per_host=1)
-    other.workdir = tmp_path / "other"
+    other = Training(folder, processes_per_host=1)
+    other.workdir = folder / "other"
     other.edit(2.0)
     assert "resumed from step 5" in other.train("--config.num_steps=6")
     other.check_nothing_is_left()
