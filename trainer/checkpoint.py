@@ -107,6 +107,10 @@ class Checkpointer:
             ),
         )
 
+    def keep(self, **record: Any) -> None:
+        """Keep more in every step from now on, JSON; the same on every process."""
+        self._record |= record
+
     # ---- When to save ----
 
     def due(self, step: int, *, logging_step: bool = True) -> bool:

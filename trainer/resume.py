@@ -40,6 +40,7 @@ from trainer.state import Leaves, StateLayout, init_state
 
 log = logging.getLogger(__name__)
 
+_BEGAN = "optimizer_began"  # In a step's META.
 _SHOWN = 8  # Differences in one line.
 
 
@@ -51,11 +52,13 @@ class Beginning:
       step: completed updates.
       leaves: the state, in the layout's order.
       data_position: where the data goes on; None for its beginning.
+      optimizer_began: completed updates when the optimizer began, with its counters at 0.
     """
 
     step: int
     leaves: Leaves
     data_position: Any
+    optimizer_began: int = 0
 
 
 class Resume:
@@ -94,7 +97,13 @@ class Resume:
         if restored is not None:
             where = saver.directory / str(restored.step)
             say(f"resumed from step {restored.step} ({where})")
-            began = Beginning(restored.step, self._leaves(restored), restored.data_position)
+            began = Beginning(
+                restored.step,
+                self._leaves(restored),
+                restored.data_position,
+                restored.step if self._optimizer_is_fresh else restored.meta.get(_BEGAN, 0),
+            )
+            saver.keep(**{_BEGAN: began.optimizer_began})
         elif self._spec.init_from:
             began = Beginning(0, self._leaves(self._from_another()), None)
         else:
@@ -208,6 +217,10 @@ class Resume:
         return restored
 
     # ---- Both ----
+
+    @property
+    def _optimizer_is_fresh(self) -> bool:
+        return self._plan is not None and "optimizer.step" in self._plan.fresh
 
     def _make_plan(
         self,

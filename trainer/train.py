@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -97,7 +98,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     output = Output(workdir, step) if distributed.is_lead() else None
     # What is logged up to a step must not be lost when that step is resumed from.
     saver.before_commit = output.flush if output else None
-    reporter = make_reporter(spec, task, layout, optimizer, output)
+    reporter = make_reporter(spec, task, layout, optimizer, output, began=beginning.optimizer_began)
     evaluate = make_evaluate(spec, task, layout)
     with StopSignal() as stop, output or contextlib.nullcontext():
         loop = Loop(
@@ -131,9 +132,23 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
 
 
 def make_reporter(
-    spec: TrainSpec, task: Task, layout: StateLayout, optimizer: Optimizer, output: Output | None
+    spec: TrainSpec,
+    task: Task,
+    layout: StateLayout,
+    optimizer: Optimizer,
+    output: Output | None,
+    *,
+    began: int,
 ) -> Reporter:
-    """A Reporter for this run; it writes where there is an output."""
+    """A Reporter for this run; it writes where there is an output.
+
+    The optimizer's schedules count from the step at which it `began`.
+    """
+
+    def of_step(rate: Callable[[int], Any]) -> Callable[[int], Any]:
+        return lambda count: rate(count - began)
+
+    rate, rates = optimizer.learning_rate, optimizer.learning_rates
     model, _ = layout.merge(layout.abstract)
     flops = task.flops_per_example(model)
     throughput = Throughput(
@@ -148,8 +163,8 @@ def make_reporter(
         throughput,
         log_every_steps=spec.log_every_steps,
         num_steps=spec.num_steps,
-        learning_rate=optimizer.learning_rate,
-        group_rates={name: rate for name, rate in optimizer.learning_rates.items() if name},
+        learning_rate=of_step(rate) if rate else None,
+        group_rates={name: of_step(rates[name]) for name in rates if name},
         max_skipped=optimizer.skip.max_in_a_row if optimizer.skip else None,
     )
 

@@ -73,14 +73,16 @@ def compare_configs(old: Any, new: Any, name: str = "config") -> list[Difference
 
 
 def compare_versions(old: Mapping[str, str], new: Mapping[str, str]) -> list[Difference]:
-    """List the packages (and Python) whose versions differ."""
+    """List the packages (and Python) whose versions differ.
+
+    A package that is there on one side alone is another accelerator's, and no difference.
+    """
     differences = []
-    for package in sorted(old.keys() | new.keys()):
-        before, after = old.get(package, ABSENT), new.get(package, ABSENT)
+    for package in sorted(old.keys() & new.keys()):
+        before, after = old[package], new[package]
         if before != after:
-            # A package that is there on one side alone is another accelerator's.
-            weighs = package in PACKAGES and ABSENT not in (before, after)
-            harmless = not weighs or before.split(".")[:2] == after.split(".")[:2]
+            same = before.split(".")[:2] == after.split(".")[:2]
+            harmless = package not in PACKAGES or same
             differences.append(Difference(f"{VERSIONS}.{package}", before, after, harmless))
     return differences
 

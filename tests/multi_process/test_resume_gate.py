@@ -120,12 +120,6 @@ def its_checkpoints_are_looked_after(training: Training, folder: Path) -> None:
     assert "copied to" in training.checkpoints("copy", "5", str(folder / "other"))
     assert "a resume takes this one" in training.checkpoints("delete", "4") + training.checkpoints()
     assert "step 5 is the only good one" in training.checkpoints("delete", "5", expect=2)
-    # What was copied is a run of its own.
-    other = Training(folder, processes_per_host=1)
-    other.workdir = folder / "other"
-    other.edit(2.0)
-    assert "resumed from step 5" in other.train("--config.num_steps=6")
-    other.check_nothing_is_left()
 
 
 def flip(path: Path) -> None:

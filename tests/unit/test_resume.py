@@ -170,10 +170,12 @@ def test_a_fresh_optimizer_is_fresh_once(run, capsys):
     assert equal(start.state, fresh) >= optimizer
     assert equal(start.state, old) >= set(start.state) - optimizer
     assert (start.began.step, start.began.data_position) == (10, {"next_index": 10})
+    assert start.began.optimizer_began == 10  # Schedules start anew there.
     start.save(11, add=0.5)
     capsys.readouterr()
     again = Start(run, restore=restore)
     assert "config.restore was applied before step 11 was saved" in capsys.readouterr().out
+    assert again.began.optimizer_began == 10
     moved = {name: leaf for name, leaf in again.state.items() if leaf.dtype == np.float32}
     assert not equal(moved, fresh)
     assert [record["restore"]["fresh_optimizer"] for record in changes(run)] == [True]
