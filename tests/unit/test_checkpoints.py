@@ -19,6 +19,7 @@ from launch.checkpoints import list_text
 from launch.spec import CheckpointSpec, ConfigError
 from tests.testing.packages import required_package
 from tests.unit.test_checkpoint import abstract, assert_same, files_of, make_state, steps
+from trainer import checksums
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoints import copying, verify
 from trainer.checkpoints import steps as listing
@@ -98,6 +99,16 @@ def test_300_of_300_flipped_bits_are_noticed_in_whatever_file(copied):
         victim.write_bytes(before)
     assert noticed == FLIPS
     assert verify.find(step).problem is None
+
+
+def test_no_bit_of_a_manifest_can_flip_unseen(saved):
+    text = (saved / "20" / "checksums.json").read_bytes()
+    checksums.parse_manifest(text, "it")
+    for place in range(8 * len(text)):
+        data = bytearray(text)
+        data[place // 8] ^= 1 << place % 8
+        with pytest.raises(checksums.DamagedError):
+            checksums.parse_manifest(bytes(data), "it")
 
 
 def test_the_leaves_that_a_damage_hits_are_named(copied):

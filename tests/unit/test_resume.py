@@ -237,6 +237,8 @@ def test_another_runs_params_are_a_beginning_at_step_0_and_only_once(run, tmp_pa
     assert "started from the params" not in capsys.readouterr().out
     assert again.began.step == 5
     assert Start(new).began.step == 5  # It may be left out now.
+    (new / contract.CHANGES).unlink()  # As of a copy: the step itself knows.
+    assert Start(new, init_from=f"{run}@11").began.step == 5
     with pytest.raises(ConfigError, match="this run is at step 5 already and cannot start from"):
         Start(new, init_from=f"{run}@10")
     for wrong, message in [
