@@ -113,8 +113,8 @@ def read_step(path: storage.Path, abstract: Abstract, plan: Plan | None, began: 
         )
     size = sum(array.nbytes for array in found.values())
     checked = (
-        f"checksums: {human_bytes(size)} of files verified in {verified:.2f} s, {len(digests)} "
-        f"leaves on the devices in {time.perf_counter() - began:.2f} s"
+        f"checksums hold: of all files, read in {verified:.2f} s, and of {len(digests)} leaves "
+        f"({human_bytes(size)}) on the devices, in {time.perf_counter() - began:.2f} s"
     )
     return Restored(step, {name: found[saved] for name, saved in names.items()}, meta, checked)
 

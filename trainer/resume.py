@@ -7,16 +7,11 @@ and what changes the numbers is refused unless the user named it (`launch.spec.r
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
-import os
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from launch import contract
 from launch.spec import (
     ConfigError,
     Difference,
@@ -28,8 +23,9 @@ from launch.spec import (
     compare_versions,
 )
 from launch.spec import resume as gate
-from trainer import distributed, restore_plan, storage
+from trainer import distributed, restore_plan
 from trainer.agreement import fail_together
+from trainer.changes import read_changes, record_change
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_format import describe
 from trainer.checkpoint_read import Restored, read_another
@@ -37,8 +33,6 @@ from trainer.distributed import say
 from trainer.init_from import Source, find_source
 from trainer.restore_plan import RestorePlan
 from trainer.state import Leaves, StateLayout, init_state
-
-log = logging.getLogger(__name__)
 
 _BEGAN = "optimizer_began"  # In a step's META.
 _SHOWN = 8  # Differences in one line.
@@ -157,6 +151,9 @@ class Resume:
         error = distributed.broadcast("resume/gate", error)
         if error is not None:
             fail_together(ConfigError(*error), accuses=())
+        idle = _idle(allow, judged.accepted, self._history)
+        if idle:
+            self._lines.append(f"note: nothing differs that {gate.FIELD}={','.join(idle)} allows")
         if judged.harmless:
             self._lines.append(f"changed since, harmless: {_listed(judged.harmless)}")
         if judged.accepted:
@@ -258,27 +255,14 @@ def init_state_of(layout: StateLayout, names: Sequence[str]) -> dict[str, jax.Ar
     return {name: leaf for name, leaf in zip(layout.names, made, strict=True) if name in wanted}
 
 
-def read_changes(workdir: str) -> list[dict[str, Any]]:
-    """The records of what was changed in the middle of the run. Lead process only."""
-    try:
-        return gate.parse_changes(storage.read_text(os.path.join(workdir, contract.CHANGES)))
-    except FileNotFoundError:
-        return []
-
-
-def record_change(workdir: str, history: Sequence[Mapping[str, Any]], change: Any) -> None:
-    """Add a record, unless the last one says the same: a restart before the next save does all
-    over again. Lead process only."""
-    if history and {**history[-1], "time": None, "schema": None} == {
-        **change,
-        "time": None,
-        "schema": None,
-    }:
-        return
-    now = contract.utc(time.time())
-    records = [*history, {"schema": contract.SCHEMA, "time": now, **change}]
-    text = "".join(json.dumps(record, default=str) + "\n" for record in records)
-    storage.write_text(os.path.join(workdir, contract.CHANGES), text)
+def _idle(
+    allow: Sequence[str], accepted: Sequence[Difference], history: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """The names that allow nothing, now or earlier in the run: a restart gives them again."""
+    fields = [found.name for found in accepted]
+    for record in history:
+        fields += [change["field"].removeprefix("config.") for change in record.get("changes", ())]
+    return [name for name in allow if not any(gate.covers(name, field) for field in fields)]
 
 
 def _listed(differences: Sequence[Difference]) -> str:

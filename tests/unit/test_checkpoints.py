@@ -15,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch import checkpoints as of_launch
 from launch.checkpoints import list_text
+from launch.live import Live, LiveProcess
 from launch.spec import CheckpointSpec, ConfigError
+from launch.standing import KILLED, RUNNING, Standing
 from tests.testing.packages import required_package
 from tests.unit.test_checkpoint import abstract, assert_same, files_of, make_state, steps
 from trainer import checksums
@@ -294,3 +297,21 @@ def test_a_list_imports_no_jax(saved):
     report, imported = done.stdout.splitlines()
     assert imported == "False"
     assert [step["step"] for step in json.loads(report)["steps"]] == [20, 10]
+
+
+@pytest.mark.parametrize(
+    ("phases", "options"),
+    [
+        (None, []),
+        ([], ["--live=starting"]),
+        (["step", None], ["--live=starting"]),
+        (["restore", "restore"], ["--live=starting"]),
+        (["step", "save"], ["--live=running"]),
+    ],
+)
+def test_a_live_run_is_told_from_one_that_may_be_reading(phases, options, monkeypatch, tmp_path):
+    processes = tuple(LiveProcess(0, "h", 1, 3, phase) for phase in phases or ())
+    state = KILLED if phases is None else RUNNING
+    found = Standing(state, None, False, Live(0.0, 0, "running", None, processes), None, None)
+    monkeypatch.setattr(of_launch, "standing", lambda path: found)
+    assert of_launch._live(tmp_path) == options

@@ -29,6 +29,11 @@ CASES = {
     "no run": (["status", "/no/such"], "no run directory '/no/such'"),
     "no run directory": (["status", "/"], "'/' is no run directory: it has no run.json"),
     "two runs": (["logs", "a", "b"], "takes one RUN"),
+    "no run to list": (["checkpoints"], "muster checkpoints needs a RUN, see `muster list`"),
+    "no action": (["checkpoints", "/", "verfy"], "no action 'verfy'; did you mean 'verify'?"),
+    "no step": (["checkpoints", "/", "delete"], "write: muster checkpoints RUN delete STEP..."),
+    "no place": (["checkpoints", "/", "copy", "3"], "checkpoints RUN copy STEP DIR; got ['3']"),
+    "flag of export": (["checkpoints", "/", "--ema"], "--ema: is not a flag of muster checkpoints"),
 }
 
 

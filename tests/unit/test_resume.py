@@ -155,7 +155,9 @@ def test_what_changes_the_numbers_is_refused_until_it_is_named_and_then_recorded
     assert record["step"] == 10
     assert [change["field"] for change in record["changes"]] == ["config.seed", "code.task.py"]
     Start(run, **other)  # Recorded as accepted: the flag is not asked for again.
-    start = Start(run, restore={"allow_change": "code,seed"}, **other)
+    assert "note:" not in out
+    start = Start(run, restore={"allow_change": "code,seed,data"}, **other)
+    assert "nothing differs that config.restore.allow_change=data allows" in capsys.readouterr().out
     start.save(11)
     Start(run, **other)
     with pytest.raises(ConfigError, match=r"config\.seed: 4 there, 3 now"):
