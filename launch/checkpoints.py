@@ -65,7 +65,11 @@ def checkpoints(arguments: Sequence[str], flags: Mapping[str, str]) -> int:
     options = ["--ema"] if "ema" in flags else []
     if action == "delete":
         options += _live(path)
-    report, code = _ask(action, directory, options, rest)
+    try:
+        report, code = _ask(action, directory, options, rest)
+    except RuntimeError as error:  # Not the user's mistake; what it printed says more.
+        print(f"muster: error: {error}", file=sys.stderr)
+        return contract.EXIT_FAILED
     print_all(json.dumps(report, indent=1) if "json" in flags else _TEXTS[action](report))
     return code
 
@@ -106,7 +110,12 @@ def _live(path: Path) -> list[str]:
 def _ask(
     action: str, directory: str, options: Sequence[str], words: Sequence[str]
 ) -> tuple[dict[str, Any], int]:
-    """Run the trainer's part, to its end; its report and exit code."""
+    """Run the trainer's part, to its end; its report and exit code.
+
+    Raises:
+      ConfigError: what it refuses.
+      RuntimeError: it failed otherwise.
+    """
     argv = [sys.executable, "-m", "trainer.checkpoints", action, *options, "--", directory, *words]
     done = command.run(argv, timeout_seconds=_LIMIT_SECONDS, env=trainer_env({}), bound=True)
     try:

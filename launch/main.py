@@ -47,14 +47,14 @@ flags of run:
   --config=FILE[:VARIANT]   what to train, a file with get_config()
   --cluster=FILE[:VARIANT]  where, e.g. configs/cluster/local.py
   --workdir=DIR             the run directory; a run that is there already is resumed
-  --config.init_from=RUN[@STEP]               a new run begins with the params of another one
-  --config.restore.allow_change=NAME,...      fields, groups, code or versions that may differ
-                                              from what the run was saved with
-  --config.restore.{skip,only,fresh_optimizer,rename}=...   a state that does not fit as it is
   --detach                  give the terminal back once the gang has started
   --process=all|K           show every process's lines, or process K's instead of the lead's
   --dry_run                 print the commands and their environment, start nothing
   --skip_plan               on TPUs: do not look first whether the training step fits
+  --config.init_from=RUN[@STEP]             a new run begins with the params of another one
+  --config.restore.allow_change=NAME,...    fields, groups, `code` or `versions` that may differ
+                                            from what the run was saved with
+  --config.restore.{skip,only,fresh_optimizer,rename}=...   for a state that does not fit as it is
 
 flags of plan --search:
   --accelerators=TYPE,...   accelerator types to compare; the cluster's own by default

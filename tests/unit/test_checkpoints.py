@@ -242,7 +242,10 @@ def test_the_only_good_step_is_not_deleted_nor_one_that_is_being_saved(copied):
 
 def test_a_copy_is_verified_and_can_be_restored_and_is_not_made_of_damage(copied, tmp_path):
     target = tmp_path / "other"
+    left = target / "checkpoints" / "20.orbax-checkpoint-tmp" / "junk"
+    left.mkdir(parents=True)  # A copy that was cut off.
     assert main(["copy", str(copied), "20", str(target)]) == 0
+    assert not (target / "checkpoints" / "20" / "junk").exists()
     assert restored_step(target / "checkpoints") == 20
     with pytest.raises(ConfigError, match="is there already"):
         main(["copy", str(copied), "20", str(target)])

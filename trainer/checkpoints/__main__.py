@@ -46,7 +46,8 @@ def main(argv: list[str]) -> int:
     least, most = _COUNTS[args.action]
     if not least <= len(args.arguments) <= most:
         parser.error(f"{args.action} takes {least} to {most} arguments")
-    directory = storage.path(args.directory)
+    remote = storage.is_remote(args.directory)
+    directory = storage.path(storage.run_directory(args.directory) if remote else args.directory)
     try:
         steps = listing.list_steps(directory)
     except FileNotFoundError:

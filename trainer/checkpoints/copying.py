@@ -37,13 +37,15 @@ def copy(directory: Path, step: Step, target: str) -> dict[str, Any]:
         raise ConfigError("", f"step {step.name} is damaged and not copied: {found.problem}")
     folder = storage.path(storage.run_directory(target)) / contract.CHECKPOINTS
     place = folder / str(step.step)
-    if place.exists():
+    remote = storage.is_remote(place)
+    if (place / COMMIT_FILE if remote else place).exists():
         raise ConfigError("", f"{place} is there already; nothing was copied")
     files = [name for name in files_below(source) if not name.endswith("/")]
-    written = place if storage.is_remote(place) else place.with_name(place.name + TEMPORARY_SUFFIX)
+    written = place if remote else place.with_name(place.name + TEMPORARY_SUFFIX)
     try:
+        _remove(written)  # What a copy that was cut off left behind.
         # On GCS a step is one as soon as its commit file is there: that goes last.
-        late = [name for name in files if name == COMMIT_FILE and storage.is_remote(place)]
+        late = [name for name in files if name == COMMIT_FILE and remote]
         for name in files:
             if name not in late:
                 _copy_file(source / name, written / name)
@@ -51,7 +53,7 @@ def copy(directory: Path, step: Step, target: str) -> dict[str, Any]:
         after = verify.find(written, name_leaves=False)
         if not after.usable:
             raise OSError(f"the copy differs from the step: {after.problem}")
-        if not storage.is_remote(place):
+        if not remote:
             _commit(written, place)
         elif late:
             _copy_file(source / COMMIT_FILE, place / COMMIT_FILE)
