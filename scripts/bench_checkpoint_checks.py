@@ -33,9 +33,8 @@ from unittest import mock
 import jax
 
 from launch.spec import CheckpointSpec
-from trainer import checkpoint_choice
+from trainer import checkpoint_choice, device_digest
 from trainer.checkpoint import Checkpointer
-from trainer.device_digest import DeviceDigests
 
 LEAVES = 24
 COLUMNS = 1024
@@ -62,7 +61,7 @@ def show(name: str, seconds: Sequence[float], ratios: Sequence[float] = ()) -> N
 
 
 def no_digests() -> Any:
-    return mock.patch.object(DeviceDigests, "digests", return_value={})
+    return mock.patch.object(device_digest, "digests", return_value={})
 
 
 def no_checksums() -> Any:
@@ -94,8 +93,7 @@ def bench_save(directory: pathlib.Path, state: dict[str, jax.Array], rounds: int
             if number:  # The first round makes the snapshot and compiles.
                 held[on].append(call)
                 durable[on].append(whole)
-        programs = saver._digests
-        digests.append(timed(lambda programs=programs: programs.digests(state)))
+        digests.append(timed(lambda: device_digest.digests(state)))
     saver.save(step + 1, state, None)  # The last step must have digests, for the restores.
     saver.close()
     show("leaves' digests alone", digests[1:])

@@ -25,6 +25,7 @@ from trainer import (
     checkpoint_directory,
     checkpoint_format,
     checkpoint_seal,
+    device_digest,
     distributed,
     storage,
 )
@@ -39,7 +40,6 @@ from trainer.checkpoint_read import Plan, Restored, read_step
 from trainer.checkpoints import steps
 from trainer.checkpoints.places import files_of
 from trainer.checksums import DamagedError
-from trainer.device_digest import DeviceDigests
 from trainer.save_watch import SaveWatch
 from trainer.snapshot import Snapshot
 
@@ -82,7 +82,6 @@ class Checkpointer:
         self._files = files_of(self.directory)
         self._spec = spec
         self._record = {"config": config, **record}
-        self._digests = DeviceDigests()
         self._clock = clock
         self._last_time = clock()
         self.last_save_seconds: float | None = None  # From its start until it was on the disk.
@@ -162,7 +161,7 @@ class Checkpointer:
 
     def _start(self, step: int, state: State, data_position: Any) -> None:
         began = time.perf_counter()
-        digests = self._digests.digests(state)
+        digests = device_digest.digests(state)
         self._digest_seconds.append(time.perf_counter() - began)
         state = dict(state) if self._snapshot is None else self._snapshot.take(state)
         meta = {

@@ -11,11 +11,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from launch.spec import ConfigError, RestoreSpec
-from trainer import checkpoint_choice, distributed, restore_plan, storage
+from trainer import checkpoint_choice, device_digest, distributed, restore_plan, storage
 from trainer.checkpoint_directory import META, STATE
 from trainer.checkpoint_format import StateHandler, StateRestore, describe
 from trainer.checksums import DamagedError
-from trainer.device_digest import DeviceDigests
 from trainer.ledger import human_bytes
 
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
@@ -100,7 +99,7 @@ def read_step(path: storage.Path, abstract: Abstract, plan: Plan | None, began: 
         names = plan(step, meta)
     found = _read_state(path, {saved: abstract[name] for name, saved in names.items()})
     began = time.perf_counter()
-    digests = DeviceDigests().digests(found)
+    digests = device_digest.digests(found)
     saved_digests = meta.get("digests", {})  # Steps of older versions have none.
     wrong = [name for name, digest in digests.items() if saved_digests.get(name, digest) != digest]
     told = distributed.gather("checkpoint/leaves", wrong)

@@ -8,13 +8,14 @@ process are digested on the host: a program for each kind would take 0.1 s to co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trainer import leaf_digest
@@ -25,49 +26,45 @@ _SMALL = 2**14  # Elements.
 _UINT = {1: jnp.uint8, 2: jnp.uint16}
 
 
-class DeviceDigests:
-    """Computes digests of a state; keeps its compiled programs."""
+def digests(state: Mapping[str, jax.Array]) -> dict[str, str]:
+    """Digests of the leaves that can have one, by name.
 
-    def __init__(self) -> None:
-        self._partials: dict[Any, Any] = {}
-        self._totals: dict[Any, Any] = {}
+    Collective: every process must call this. Where a process has other numbers than the rest in
+    its copy of a small leaf, its digest differs from theirs.
 
-    def digests(self, state: Mapping[str, jax.Array]) -> dict[str, str]:
-        """Digests of the leaves that can have one, by name.
+    Args:
+      state: name -> array; sharded over one mesh, or all on one device.
+    """
+    state = {name: leaf for name, leaf in state.items() if has_digest(leaf)}
+    small = {name: _data(leaf) for name, leaf in state.items() if _is_small(leaf)}
+    found = {name: leaf_digest.leaf_digest(a) for name, a in jax.device_get(small).items()}
+    names = [name for name in state if name not in found]
+    if not names:
+        return found
+    parts = []  # Of every leaf [devices, 2] uint32, each row where its device is.
+    for name in names:
+        leaf = state[name]
+        parts.append(_partial_program(leaf.shape, leaf.dtype, leaf.sharding)(leaf))
+    where = state[names[0]].sharding
+    total = _total_program(where.mesh if isinstance(where, NamedSharding) else None)
+    sums = jax.device_get(total(parts))
+    return found | {
+        name: leaf_digest.as_text(int(first), int(second))
+        for name, (first, second) in zip(names, sums, strict=True)
+    }
 
-        Collective: every process must call this. Where a process has other numbers than the rest
-        in its copy of a small leaf, its digest differs from theirs.
 
-        Args:
-          state: name -> array; sharded over one mesh, or all on one device.
-        """
-        state = {name: leaf for name, leaf in state.items() if has_digest(leaf)}
-        small = {name: _data(leaf) for name, leaf in state.items() if _is_small(leaf)}
-        found = {name: leaf_digest.leaf_digest(a) for name, a in jax.device_get(small).items()}
-        names = [name for name in state if name not in found]
-        if not names:
-            return found
-        parts = [self._partial(state[name]) for name in names]
-        where = state[names[0]].sharding
-        mesh = where.mesh if isinstance(where, NamedSharding) else None
-        total = self._totals.get(mesh)
-        if total is None:
-            # On every process, to be read there.
-            everywhere = None if mesh is None else NamedSharding(mesh, P())
-            total = self._totals[mesh] = jax.jit(_total, out_shardings=everywhere)
-        sums = jax.device_get(total(parts))
-        return found | {
-            name: leaf_digest.as_text(int(first), int(second))
-            for name, (first, second) in zip(names, sums, strict=True)
-        }
+@functools.cache
+def _partial_program(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+    """The program of one kind of leaf; `shape` and `dtype` only tell kinds apart."""
+    return jax.jit(_partial_of(sharding))
 
-    def _partial(self, leaf: jax.Array) -> jax.Array:
-        """What every device has to add: [devices, 2] uint32, each row where its device is."""
-        kind = (leaf.shape, leaf.dtype, leaf.sharding)
-        program = self._partials.get(kind)
-        if program is None:
-            program = self._partials[kind] = jax.jit(_partial_of(leaf.sharding))
-        return program(leaf)
+
+@functools.cache
+def _total_program(mesh: Mesh | None) -> Any:
+    """The program that adds up the parts of all leaves: the result is on every process."""
+    everywhere = None if mesh is None else NamedSharding(mesh, P())
+    return jax.jit(_total, out_shardings=everywhere)
 
 
 def has_digest(leaf: Any) -> bool:

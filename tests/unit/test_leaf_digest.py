@@ -12,7 +12,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trainer import device_digest
-from trainer.device_digest import DeviceDigests
 from trainer.leaf_digest import can_digest, leaf_digest
 
 DTYPES = ["float32", "bfloat16", "int32", "uint8", "bool", "float8_e4m3fn", "uint32"]
@@ -29,7 +28,7 @@ def make(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
 def test_the_digest_of_devices_is_that_of_the_host(dtype, small, monkeypatch):
     monkeypatch.setattr(device_digest, "_SMALL", small)
     state = {f"{shape}": make(dtype, shape) for shape in [(), (7,), (24, 16), (2, 3, 4, 5)]}
-    found = DeviceDigests().digests({name: jnp.asarray(array) for name, array in state.items()})
+    found = device_digest.digests({name: jnp.asarray(array) for name, array in state.items()})
     assert found == {name: leaf_digest(array) for name, array in state.items()}
     assert len(set(found.values())) == len(found)
 
@@ -38,13 +37,12 @@ def test_the_digest_does_not_depend_on_the_sharding(monkeypatch):
     monkeypatch.setattr(device_digest, "_SMALL", 0)
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("a", "b"))
     array, key = make("bfloat16", (16, 24)), jax.random.key(5)
-    digests = DeviceDigests()
     for spec in SPECS:
         state = {
             "array": jax.device_put(array, NamedSharding(mesh, spec)),
             "key": jax.device_put(key, NamedSharding(mesh, P())),
         }
-        assert digests.digests(state) == {
+        assert device_digest.digests(state) == {
             "array": leaf_digest(array),
             "key": leaf_digest(np.asarray(jax.random.key_data(key))),
         }, spec
@@ -67,4 +65,4 @@ def test_every_flipped_bit_and_every_exchange_of_two_words_changes_it():
 def test_what_has_no_digest_is_left_out():
     assert not can_digest("complex64")
     state = {"a": jnp.zeros(3, jnp.complex64), "b": jnp.zeros(3)}
-    assert list(DeviceDigests().digests(state)) == ["b"]
+    assert list(device_digest.digests(state)) == ["b"]
