@@ -72,6 +72,7 @@ CHECKPOINTS = "checkpoints"
 ATTEMPTS = "attempts"
 STACKS = "stacks"  # in an attempt's directory
 LIVE_RECORD = "live.json"  # how the gang stands, while there is one
+CHANGES = "changes.jsonl"  # what was changed in the middle of a run, and after which step
 STOP_REQUEST = "stop.json"  # from `muster stop` to whoever runs the gang
 CONTROLLER_LOG = "controller.log"  # what `muster run --detach` says
 

@@ -17,13 +17,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from launch import contract
-from launch.spec import (
-    ConfigError,
-    check_same_run,
-    load_config,
-    plain,
-    train_spec,
-)
+from launch.spec import ConfigError, load_config, plain, train_spec
 from trainer import storage, xla_flags
 from trainer.command_line import parse_flags
 from trainer.exit import run_main
@@ -57,7 +51,6 @@ def run(config: Any, stop: StopSignal) -> int:
         raise ConfigError("", "--workdir is missing; give --workdir=DIR")
     workdir = storage.run_directory(FLAGS.workdir)
     spec = train_spec(config)
-    check_same_run(workdir, config_record(workdir), config)
 
     import jax
 
@@ -92,14 +85,6 @@ def run(config: Any, stop: StopSignal) -> int:
             flush=True,
         )
     return train(spec, task, workdir, record, stop)
-
-
-def config_record(workdir: str) -> Any:
-    """The config that a run directory was made with; None for a new one."""
-    try:
-        return json.loads(storage.read_text(os.path.join(workdir, contract.CONFIG_RECORD)))
-    except FileNotFoundError:
-        return None
 
 
 def main() -> None:

@@ -157,12 +157,12 @@ def test_differences_in_speed_or_length_are_allowed_and_others_are_not():
         "same": [1, 2],
         "seed": 1,
     }
-    found = {item.field: (item.old, item.new, item.allowed) for item in compare_configs(old, new)}
+    found = {item.field: (item.old, item.new, item.harmless) for item in compare_configs(old, new)}
     assert found.pop("config.data.path") == ("a", "b", False)
     assert found.pop("config.optimizer.adamw.learning_rate") == (0.1, 0.2, False)
     assert found.pop("config.seed") == ("(absent)", 1, False)
     assert found.pop("config.mesh.fsdp") == ("(absent)", 4, True)
-    assert all(allowed for _, _, allowed in found.values())
+    assert all(harmless for _, _, harmless in found.values())
     assert "config.num_steps" in found
     assert "config.same" not in found
     assert "config.optimizer.chain" not in found
