@@ -16,6 +16,8 @@ from launch.topology import peak_flops
 from trainer import distributed, storage
 from trainer.checkpoint import Checkpointer
 from trainer.data.feed import Feed
+from trainer.data.identity import check_gang
+from trainer.data.index import keep_in
 from trainer.distributed import say
 from trainer.evaluate import make_evaluate
 from trainer.finish import finish
@@ -56,7 +58,9 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
             say(line)
 
     # ------------------------------------------------------------------ data
+    keep_in(None if storage.is_remote(workdir) else os.path.join(workdir, contract.DATA_INDEX))
     feed = Feed(task.train_data(spec.seed), spec.global_batch_size, mesh, "training data")
+    check_gang(feed.identity)
     if distributed.is_lead() and (text := task.describe()):
         say(text)
 
@@ -126,7 +130,8 @@ def restore_or_init(saver: Checkpointer, layout: StateLayout, feed: Feed) -> tup
     restored = saver.restore(layout.as_dict(layout.abstract))
     if restored is None:
         return 0, init_state(layout)
-    feed.restore(restored.data_position)
+    for line in feed.restore(restored.data_position):
+        say(line)
     say(f"resumed from step {restored.step} ({saver.directory / str(restored.step)})")
     return restored.step, layout.from_dict(restored.state)
 

@@ -3,6 +3,7 @@
 from launch.errors import ConfigError, closest
 from launch.spec.cluster import Cluster, cluster_spec
 from launch.spec.compare import Difference, check_same_run, compare_configs, flatten
+from launch.spec.data_fields import free_data_fields
 from launch.spec.fields import build, plain, require
 from launch.spec.files import LoadedConfig, load_config
 from launch.spec.job import (
@@ -39,6 +40,7 @@ __all__ = [
     "cluster_spec",
     "compare_configs",
     "flatten",
+    "free_data_fields",
     "load_config",
     "plain",
     "require",

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from launch.errors import ConfigError
+from launch.spec.data_fields import free_data_fields
 from launch.spec.fields import plain
 
 # Fields that change how long or how fast a run goes, not which run it is.
@@ -28,7 +29,8 @@ class Difference:
     Attributes:
       field: dotted name, `config.model.num_layers`.
       old, new: the two values; `(absent)` where a config does not have the field.
-      allowed: whether it only affects speed or length, so that the run may go on.
+      allowed: whether it only affects speed or length, or the data knows how to go on with it
+        (`launch.spec.data_fields`), so that the run may go on.
     """
 
     field: str
@@ -49,10 +51,11 @@ def compare_configs(old: Any, new: Any, name: str = "config") -> list[Difference
     """
     old_fields, new_fields = dict(flatten(_as_json(old))), dict(flatten(_as_json(new)))
     differences = []
+    free = free_data_fields(old_fields, new_fields)
     for field in sorted(old_fields.keys() | new_fields.keys()):
         before, after = old_fields.get(field, _ABSENT), new_fields.get(field, _ABSENT)
         if before != after or isinstance(before, bool) != isinstance(after, bool):
-            allowed = SPEED_OR_LENGTH.fullmatch(field) is not None
+            allowed = field in free or SPEED_OR_LENGTH.fullmatch(field) is not None
             differences.append(Difference(f"{name}.{field}", before, after, allowed))
     return differences
 
