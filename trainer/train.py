@@ -16,8 +16,9 @@ from launch.topology import peak_flops
 from trainer import distributed, storage
 from trainer.checkpoint import Checkpointer
 from trainer.data.feed import Feed
-from trainer.data.identity import check_gang
 from trainer.data.index import keep_in
+from trainer.data.refusals import training_data
+from trainer.data.same import check_gang
 from trainer.distributed import say
 from trainer.evaluate import make_evaluate
 from trainer.finish import finish
@@ -58,8 +59,10 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
             say(line)
 
     # ------------------------------------------------------------------ data
-    keep_in(None if storage.is_remote(workdir) else os.path.join(workdir, contract.DATA_INDEX))
-    feed = Feed(task.train_data(spec.seed), spec.global_batch_size, mesh, "training data")
+    index = None if storage.is_remote(workdir) else os.path.join(workdir, contract.DATA_INDEX)
+    keep_in(index, alive=lambda: contract.report_progress(0, "init"))
+    feed = Feed(training_data(task, spec.seed), spec.global_batch_size, mesh, "training data")
+    evaluate = make_evaluate(spec, task, layout)
     check_gang(feed.identity)
     if distributed.is_lead() and (text := task.describe()):
         say(text)
@@ -92,7 +95,6 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     # What is logged up to a step must not be lost when that step is resumed from.
     saver.before_commit = output.flush if output else None
     reporter = make_reporter(spec, task, layout, optimizer, output)
-    evaluate = make_evaluate(spec, task, layout)
     with StopSignal() as stop, output or contextlib.nullcontext():
         loop = Loop(
             layout=layout,

@@ -19,7 +19,7 @@ def free_data_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> frozense
     """The fields in which two configs may differ since the data goes on by position.
 
     Args:
-      old, new: fields by dotted names, as `launch.spec.flatten` gives them: `data.mixture.web.path`.
+      old, new: fields by dotted names, as `launch.spec.flatten` gives them.
     """
     matches = [match for field in {*old, *new} if (match := _FIELD.fullmatch(field))]
     before, now = _names(old), _names(new)

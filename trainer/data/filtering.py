@@ -146,7 +146,7 @@ def source_key(source: Any) -> Any:
 
 
 def code_key(function: Any) -> list[str]:
-    """Name, code and bound values of a function or callable, digested; what it calls is not seen."""
+    """Name, code and bound values of a callable, digested; what it calls is not seen."""
     inner = getattr(function, "func", function)  # Of functools.partial.
     method = inner if hasattr(inner, "__code__") else vars(type(inner)).get("__call__")
     code = getattr(method, "__code__", None)

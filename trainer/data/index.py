@@ -30,12 +30,28 @@ Arrays = Mapping[str, np.ndarray]
 
 _MAGIC = b"MUSTERIX"
 _ALIGN = 64  # Bytes between which arrays begin in a file.
-_directory: list[pathlib.Path | None] = [None]
 
 
-def keep_in(directory: str | os.PathLike[str] | None) -> None:
-    """Keep indices in a directory from now on; None for memory alone, each process its own."""
-    _directory[0] = None if directory is None else pathlib.Path(directory)
+@dataclasses.dataclass
+class _Keeping:
+    directory: pathlib.Path | None = None
+    alive: Callable[[], None] = lambda: None
+
+
+_keeping = _Keeping()
+
+
+def keep_in(
+    directory: str | os.PathLike[str] | None, alive: Callable[[], None] = lambda: None
+) -> None:
+    """Say where indices are kept from now on.
+
+    Args:
+      directory: shared by the run's processes; None for memory alone, each process its own.
+      alive: called at each chunk, which takes seconds.
+    """
+    _keeping.directory = None if directory is None else pathlib.Path(directory)
+    _keeping.alive = alive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +85,15 @@ def make_index(
     Raises:
       ConfigError: the index directory cannot be written.
     """
-    if _directory[0] is None:
-        chunks = [dict(make(number)) for number in range(num_chunks)]
+    if _keeping.directory is None:
+        chunks = []
+        for number in range(num_chunks):
+            _keeping.alive()
+            chunks.append(make(number))
         joined = _join(chunks)
         return Index(joined, digest_of(joined))
     text = json.dumps(key, sort_keys=True)
-    file = _directory[0] / f"{what}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.index"
+    file = _keeping.directory / f"{what}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.index"
     try:
         return _read_or_make(file, num_chunks, make)
     except OSError as error:
@@ -96,6 +115,7 @@ def _read_or_make(file: pathlib.Path, num_chunks: int, make: Callable[[int], Arr
     while (index := _read(file)) is None:
         parts.mkdir(parents=True, exist_ok=True)
         for number in random.SystemRandom().sample(range(num_chunks), num_chunks):
+            _keeping.alive()
             part = parts / str(number)
             if not part.exists() and not file.exists():
                 with contextlib.suppress(FileNotFoundError):  # All is done, and this tidied away.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import grain
 
 from launch.spec import ConfigError
 from trainer.data.filtering import ENDLESS
 from trainer.data.mixture import Mixture
+
+if TYPE_CHECKING:
+    from trainer.task import Task
 
 _MAX_SHUFFLED = 1 << 32  # Grain's shuffle computes in 32 bits.
 
@@ -39,6 +44,25 @@ _STREAMS = {
 # What keeps the number of an example, so that it may stand upon a mixture.
 _NUMBER_KEPT = {"MapMapDataset", "MapWithIndexMapDataset", "RandomMapMapDataset"}
 _NUMBER_KEPT |= {"_WithSeedMapDataset"}
+
+
+def training_data(task: Task, seed: int) -> grain.MapDataset:
+    """The task's training data.
+
+    Raises:
+      ConfigError: it uses random transformations without a seed.
+    """
+    try:
+        return task.train_data(seed)
+    except ValueError as error:
+        found = re.match(r"`(\w+)` requires a seed", str(error))  # Grain's.
+        if not found or isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            "config.task",
+            f"its train_data uses {found[1]}() without a seed, so that no two processes and no two "
+            "starts would agree; put .seed(seed) before it, with the seed that train_data is given",
+        ) from None
 
 
 def check_order(dataset: grain.MapDataset, what: str) -> None:
