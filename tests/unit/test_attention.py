@@ -54,6 +54,15 @@ def test_a_platforms_own_kernel_is_chosen_where_it_can_be(place, length, head_di
     assert choose_kernel("auto", length, head_dim, dtype, place) == kernel
 
 
+def test_packed_rows_take_a_kernel_that_knows_of_documents():
+    def choose(wanted, place):
+        return choose_kernel(wanted, 4096, 128, "bfloat16", place, packed=True)
+
+    assert [choose("auto", place) for place in (TPU, GPU, CPU)] == ["splash", "xla", "xla"]
+    with pytest.raises(ConfigError, match=r"attention='cudnn': .* config.data.packing needs them"):
+        choose("cudnn", GPU)
+
+
 @pytest.mark.parametrize(
     ("wanted", "place", "length", "head_dim", "message"),
     [

@@ -21,7 +21,7 @@ NUM_STEPS = 8
 
 
 class Documents:
-    """Document d of source s is s * 100,000 + d * 100 + 0, 1, 2, ...: each token tells its place."""
+    """Document d of source s is s * 100,000 + d * 100 + 0, 1, 2, ..."""
 
     def __init__(self, source, lengths):
         self.source, self.sizes = source, lengths
@@ -93,7 +93,9 @@ def read_run(case, plan, num_steps):
     for (start, num_processes, weights), end in zip(plan, ends, strict=True):
         parts, positions = [], []
         for rows in np.array_split(np.arange(case.batch_size), num_processes):
-            reader = Reader(case.make(weights), case.batch_size, rows, "data", num_prefetch=case.num_prefetch)
+            reader = Reader(
+                case.make(weights), case.batch_size, rows, "data", num_prefetch=case.num_prefetch
+            )
             if position is not None:
                 reader.restore(json.loads(position))
             parts.append([next(reader) for _ in range(end - start)])
@@ -146,7 +148,11 @@ def test_every_epoch_of_every_source_has_each_of_its_examples_once(number):
     steps = 800 // case.batch_size
     plan = [(0, 1, random_weights(rng, case)), (steps // 2, 2, random_weights(rng, case))]
     batches = read_run(case, plan, steps)
-    rows = [dict(zip(b, values, strict=True)) for b in batches for values in zip(*b.values())]
+    rows = [
+        dict(zip(b, values, strict=True))
+        for b in batches
+        for values in zip(*b.values(), strict=True)
+    ]
     for source in range(case.num_sources):
         own = [row["tokens"] for row in rows if int(row["tokens"][0]) // 100_000 == source]
         length = len(case.rows(source))
@@ -229,7 +235,7 @@ def test_positions_of_before_there_were_mixtures_are_good():
     old.restore({"next_index": 2, "global_batch_size": 4})
     assert old.position()["next_index"] == 2
     mixed = mixture({"a": training_order(Documents(0, [1] * 9), 0)}, {"a": 1})
-    with pytest.raises(ConfigError, match="config.data.mixture: .* no mixture"):
+    with pytest.raises(ConfigError, match=r"config.data.mixture: .* no mixture"):
         Reader(mixed, 4, range(4), "data").restore({"next_index": 2, "global_batch_size": 4})
     reader = Reader(mixed, 4, range(4), "data")
     next(reader)

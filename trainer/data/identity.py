@@ -74,7 +74,7 @@ def _sketch(example: Any) -> list[int | float]:
     sums: list[int | float] = []
     for _, value in sorted(example.items()):
         array = np.asarray(value)
-        weights = 1 + np.arange(array.size) % 97
+        weights: np.ndarray = 1 + np.arange(array.size) % 97
         if array.dtype.kind in "biu":
             total = int((array.reshape(-1).astype(np.uint64) * weights.astype(np.uint64)).sum())
             sums.append(total % (1 << 53))  # What JSON's readers hold without loss.

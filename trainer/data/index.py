@@ -170,7 +170,7 @@ def _read(file: pathlib.Path) -> Index | None:
     except ValueError:
         header = None
     if header is not None:
-        with contextlib.suppress(ValueError):  # Shorter than it says.
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # Cut short, or garbled.
             arrays = {
                 name: _map(file, dtype, length, 16 + size + offset)
                 for name, (dtype, length, offset) in header["arrays"].items()

@@ -33,7 +33,11 @@ _STREAMS = {
         "trainer.data.sources.training_order()",
     ),
     "FilterIterDataset": ("IterDataset.filter()", "trainer.data.filtering.filtered()"),
-    "InterleaveIterDataset": ("InterleaveIterDataset", "trainer.data.mixture.mixture()"),
+    # What mp_prefetch() makes in grain 0.2.18.
+    "InterleaveIterDataset": (
+        "mp_prefetch() or InterleaveIterDataset",
+        "the trainer's own reading ahead, or trainer.data.mixture.mixture(),",
+    ),
     "MultiprocessPrefetchIterDataset": ("mp_prefetch()", "the trainer's own reading ahead"),
     "ProcessPrefetchIterDataset": ("mp_prefetch()", "the trainer's own reading ahead"),
     "_MpContextIterDataset": ("mp_prefetch()", "the trainer's own reading ahead"),
