@@ -16,7 +16,6 @@ from trainer.data.refusals import check_order, training_data
 from trainer.data.sources import training_order
 from trainer.task import Task
 
-
 CALLS = itertools.count()
 
 

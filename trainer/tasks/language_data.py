@@ -189,7 +189,9 @@ class LanguageData:
         if part.keep:
             keep = load_function(part.keep, f"{field}.keep")
             source = filtered(source, keep, f"{field}.keep")
-        return packed(source, length + 1, overlap=1, field=field) if part.packing else source
+        if part.packing:
+            source = packed(source, length + 1, overlap=1, positions=False, field=field)
+        return source
 
     @functools.cache  # noqa: B019 (there is one for the whole run)
     def corpus(self, name: str) -> Any:

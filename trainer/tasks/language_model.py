@@ -62,7 +62,7 @@ class LanguageModel(Task):
 
     def train_data(self, seed: int) -> grain.MapDataset:
         """Shuffled anew every epoch, for ever; see `example_spec`."""
-        return self._for_loss(self._data.train(seed))
+        return self._data.train(seed)
 
     def example_spec(self) -> Mapping[str, Any]:
         """`tokens` [seq_len + 1], of the dtype that the data has; of packed rows `segment_ids`."""
@@ -74,14 +74,7 @@ class LanguageModel(Task):
 
     def eval_data(self) -> grain.MapDataset | None:
         """Held-out rows in their own order; None when nothing is held out."""
-        held_out = self._data.held_out()
-        return held_out if held_out is None else self._for_loss(held_out)
-
-    def _for_loss(self, rows: grain.MapDataset) -> grain.MapDataset:
-        if not self.data.packing:
-            return rows
-        # Rotary embedding sees only how far apart two tokens are: positions have no use.
-        return rows.map(lambda row: {name: row[name] for name in ("tokens", "segment_ids")})
+        return self._data.held_out()
 
     @property
     def _has_bytes(self) -> bool:
