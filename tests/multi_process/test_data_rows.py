@@ -19,7 +19,10 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from launch.spec import ConfigError
+from trainer.data.identity import identify
 from trainer.data.pipeline import BatchIterator, rows_of_process, to_global
+from trainer.data.same import check_gang
 from trainer.data.sources import training_order
 
 port, process = sys.argv[1], int(sys.argv[2])
@@ -56,6 +59,16 @@ for name, layout in layouts.items():
             np.testing.assert_array_equal(np.asarray(shard.data), wanted[shard.index])
     print(name, "rows", *rows, "position", iterator.position()["next_index"])
     iterator.close()
+
+# Hosts whose files differ, or come in another order.
+check_gang(identify(dataset, "data"))
+class Others(Numbers):
+    def __getitem__(self, index):
+        return super().__getitem__((index + process) % 50)
+try:
+    check_gang(identify(training_order(Others(), seed=5), "data"))
+except ConfigError as error:
+    print(error, error.accuses)
 """
 
 LAYOUTS = {
@@ -87,6 +100,8 @@ def test_the_global_batch_is_the_same_for_every_layout_of_two_processes():
         assert process.returncode == 0, "\n---\n".join(outputs)
         for layout, rows in LAYOUTS.items():
             assert f"{layout} rows {rows[index]} position 3\n" in output
+        assert "process 1 has other data than process 0 (example 0 of the data is another" in output
+        assert output.endswith("(1,)\n")
 
 
 def expected_fingerprint(config, spans, batch_size=16):

@@ -3,6 +3,7 @@ filters, packing, mixtures, shuffles and changed weights; and every epoch has ev
 
 import collections
 import json
+import os
 import random
 
 import numpy as np
@@ -14,6 +15,7 @@ from trainer.data.filtering import filtered
 from trainer.data.mixture import mixture, source_seed
 from trainer.data.packing import packed
 from trainer.data.reader import Reader
+from trainer.data.records import TokenRecords, write_token_records
 from trainer.data.sources import training_order
 
 ROW = 12
@@ -228,6 +230,30 @@ def test_another_batch_size_goes_on_in_a_mixture_where_it_is_whole():
     np.testing.assert_array_equal(next(large)["tokens"], wanted)
     with pytest.raises(ConfigError, match="no whole number of batches of 16"):
         reader(16, {"a": 2, "b": 1}).restore({**small.position(), "next_index": 6})
+
+
+def test_eight_processes_read_three_files_and_open_those_that_they_read_from(tmp_path):
+    for number in range(3):
+        rows = np.arange(number * 40, number * 40 + 40)[:, None] + np.zeros(9, int)
+        write_token_records(str(tmp_path / f"{number}.array_record"), rows)
+
+    def files_open():
+        paths = [
+            os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if entry.is_symlink()
+        ]
+        return sum(path.startswith(str(tmp_path)) for path in paths)
+
+    parts, readers = [], []
+    for process in range(8):
+        source = TokenRecords(str(tmp_path), 8)  # Each process opens its own.
+        rows = [2 * process, 2 * process + 1]
+        readers.append(Reader(training_order(source, 0), 16, rows, "data", num_prefetch=0))
+        parts.append([next(readers[-1])["tokens"][:, 0] for _ in range(15)])
+        assert files_open() == 3 * (process + 1)
+    found = np.concatenate(np.concatenate(parts, axis=1)[:15])
+    assert sorted(found[:120].tolist()) == sorted(found[120:].tolist()) == list(range(120))
+    order = training_order(TokenRecords(str(tmp_path), 8), 0)
+    assert found.tolist() == [int(order[i]["tokens"][0]) for i in range(240)]
 
 
 def test_positions_of_before_there_were_mixtures_are_good():

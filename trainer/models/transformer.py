@@ -35,7 +35,6 @@ from trainer.models.transformer_config import TransformerConfig
 from trainer.models.weights import RMSNorm, make_weight
 from trainer.task import Loss
 
-
 _Shared = tuple[Rope, jax.Array | None]  # What all layers read: the angles and the documents.
 
 
