@@ -122,7 +122,7 @@ def test_a_damaged_index_is_made_again(directory):
     (file,) = directory.iterdir()
     for damage in (
         lambda b: b[:-70],
-        lambda b: b[:-65] + b"x" + b[-64:],
+        lambda b: b[:-64] + b"x" + b[-63:],
         lambda b: b"",
         bytes.upper,
     ):
