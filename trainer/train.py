@@ -63,6 +63,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     keep_in(index, alive=lambda: contract.report_progress(0, "init"))
     feed = Feed(training_data(task, spec.seed), spec.global_batch_size, mesh, "training data")
     evaluate = make_evaluate(spec, task, layout)
+    contract.report_progress(0, "init")
     check_gang(feed.identity)
     if distributed.is_lead() and (text := task.describe()):
         say(text)
