@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.errors import ConfigError, closest
 from launch.spec.fields import build, require
+from launch.spec.restore import RestoreSpec
 
 BATCH_AXES = ("data", "fsdp")  # The mesh axes over which a batch's examples are split.
 AXES = ("data", "fsdp", "tensor")
@@ -151,6 +152,9 @@ class TrainSpec:
       model, data: the task's own sections, checked by the task.
       optimizer: `chain` of Optax names and one section of arguments per name.
       compilation_cache: directory of JAX's persistent compile cache; "" for none.
+      init_from: `RUN[@STEP]`, another run's directory or one of checkpoints: a new run starts at
+        step 0 with its params, and everything else fresh; "" for a fresh start.
+      restore: what a resume takes from a checkpoint, and which changes it accepts.
     """
 
     task: str
@@ -167,6 +171,8 @@ class TrainSpec:
     checkpoint: CheckpointSpec = CheckpointSpec()
     eval: EvalSpec = EvalSpec()
     compilation_cache: str = "~/.cache/muster/xla"
+    init_from: str = ""
+    restore: RestoreSpec = dataclasses.field(default_factory=RestoreSpec)
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "global_batch_size", "num_microbatches", "log_every_steps"):

@@ -157,12 +157,12 @@ def test_differences_in_speed_or_length_are_allowed_and_others_are_not():
         "same": [1, 2],
         "seed": 1,
     }
-    found = {item.field: (item.old, item.new, item.allowed) for item in compare_configs(old, new)}
+    found = {item.field: (item.old, item.new, item.harmless) for item in compare_configs(old, new)}
     assert found.pop("config.data.path") == ("a", "b", False)
     assert found.pop("config.optimizer.adamw.learning_rate") == (0.1, 0.2, False)
     assert found.pop("config.seed") == ("(absent)", 1, False)
     assert found.pop("config.mesh.fsdp") == ("(absent)", 4, True)
-    assert all(allowed for _, _, allowed in found.values())
+    assert all(harmless for _, _, harmless in found.values())
     assert "config.num_steps" in found
     assert "config.same" not in found
     assert "config.optimizer.chain" not in found
@@ -171,7 +171,7 @@ def test_differences_in_speed_or_length_are_allowed_and_others_are_not():
 def test_weights_of_a_mixture_and_what_is_in_it_may_change_and_a_sources_data_may_not():
     def changed(old, new):
         found = compare_configs({"data": {"mixture": old}}, {"data": {"mixture": new}})
-        return {item.field.removeprefix("config.data.mixture."): item.allowed for item in found}
+        return {item.field.removeprefix("config.data.mixture."): item.harmless for item in found}
 
     web, books = {"path": "w", "weight": 0.7}, {"path": "b", "weight": 0.3}
     both = {"web": web, "books": books}

@@ -92,26 +92,27 @@ class Reader(Iterator[Batch]):
             raise ConfigError(
                 "config.data",
                 f"{found}; so the examples to come would not be those of the run. Restore the "
-                "data that it was started with, or start a new run",
+                "data that it was started with, start a new run, or go on all the same with "
+                "--config.restore.allow_change=data",
             )
         self._past = dict(before)
-        lines += self._restore_mixture(position)
+        lines += self._restore_mixture(position, other_data)
         self._iterator.restore(position)
         return lines
 
-    def _restore_mixture(self, position: Mapping[str, Any]) -> list[str]:
+    def _restore_mixture(self, position: Mapping[str, Any], other_data: bool) -> list[str]:
         history = position.get("mixture")
         saved_size = position.get("global_batch_size", self._size)
         example = int(position["next_index"]) * saved_size
         if self._mixture is None:
-            if history:
+            if history and not other_data:
                 names = ", ".join(history[-1]["weights"])
                 rule = f"was a mixture of {names}, and is none now; start a new run for other data"
                 raise ConfigError("config.data", rule)
             return []
         if history:
             return self._mixture.restore(history, example)
-        if example:
+        if example and not other_data:
             raise ConfigError(
                 self._mixture.field,
                 f"the run has read {example:,} examples of data that was no mixture; how many of "
