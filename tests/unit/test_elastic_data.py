@@ -267,3 +267,7 @@ def test_positions_of_before_there_were_mixtures_are_good():
     next(reader)
     with pytest.raises(ConfigError, match="was a mixture of a, and is none now"):
         old.restore({**reader.position(), "data": {}})
+    # The user may have named it.
+    assert old.restore({**reader.position(), "data": {}}, other_data=True) == []
+    place = {"next_index": 2, "global_batch_size": 4}
+    assert Reader(mixed, 4, range(4), "data").restore(place, other_data=True) == []
