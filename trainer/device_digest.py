@@ -61,6 +61,15 @@ def _partial_program(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
 
 
 @functools.cache
+def local_program(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+    """The program that makes [devices, 2] uint32 of a leaf: what is on each device, by itself.
+
+    Copies of a shard have the same numbers there. No device hears of another.
+    """
+    return jax.jit(_partial_of(sharding, every_copy=True))
+
+
+@functools.cache
 def _total_program(mesh: Mesh | None) -> Any:
     """The program that adds up the parts of all leaves: the result is on every process."""
     everywhere = None if mesh is None else NamedSharding(mesh, P())
@@ -92,8 +101,11 @@ def _total(parts: list[jax.Array]) -> jax.Array:
     return jnp.sum(jnp.stack(parts), axis=1, dtype=jnp.uint32)
 
 
-def _partial_of(sharding: Any) -> Callable[[jax.Array], jax.Array]:
-    """The function of one leaf of this sharding -> [devices, 2] uint32."""
+def _partial_of(sharding: Any, every_copy: bool = False) -> Callable[[jax.Array], jax.Array]:
+    """The function of one leaf of this sharding -> [devices, 2] uint32.
+
+    Of the copies of a shard only one has other sums than zero, unless `every_copy`.
+    """
     if not isinstance(sharding, NamedSharding):
         return lambda leaf: _sums(_words(leaf), None)[None]
     mesh = sharding.mesh
@@ -110,7 +122,8 @@ def _partial_of(sharding: Any) -> Callable[[jax.Array], jax.Array]:
                 for axes, length in zip(entries, block.shape, strict=True)
             ]
             sums = _sums(block, starts, words.shape)
-            # Of the copies of a shard only one counts.
+            if every_copy:
+                return sums[None]
             others = tuple(axis for axis in mesh.axis_names if axis not in used)
             first = jax.lax.axis_index(others) == 0 if others else True
             return jnp.where(first, sums, np.uint32(0))[None]

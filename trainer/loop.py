@@ -13,6 +13,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.data.feed import Feed
 from trainer.distributed import broadcast, say
 from trainer.preemption import Stopped, StopSignal
+from trainer.replicas import ReplicaCheck
 from trainer.report import Reporter
 from trainer.state import Leaves, StateLayout
 
@@ -33,6 +34,7 @@ class Loop:
       batches: this process's part of every global batch, as global arrays.
       saver: checkpoints.
       reporter: metrics.
+      replicas: looks for silent corruption.
       stop: whether all processes stop here.
       evaluate: leaves -> mean held-out loss, or raises Stopped; None without held-out data.
         Collective.
@@ -46,6 +48,7 @@ class Loop:
     batches: Feed
     saver: Checkpointer
     reporter: Reporter
+    replicas: ReplicaCheck
     stop: StopSignal
     evaluate: Callable[[Leaves], float] | None
 
@@ -76,6 +79,8 @@ class Loop:
                 self.reporter.add(step, metrics, self.batches.wait_seconds)
                 # A process whose data was not worth waiting for does all of this as the others do.
                 ended = step == self.num_steps
+                if self.replicas.due(step):  # Before a save, which must hold nothing corrupted.
+                    self.replicas.check(step, leaves)
                 if ended or self.saver.due(step, logging_step=step % self.log_every_steps == 0):
                     self._save(leaves, step, position, final=ended)
                 if self.evaluate and self._eval_due(step):

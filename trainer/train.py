@@ -29,6 +29,7 @@ from trainer.metrics import Throughput
 from trainer.optimizer import Optimizer
 from trainer.preemption import StopSignal
 from trainer.prepare import prepare
+from trainer.replicas import ReplicaCheck
 from trainer.report import Output, Reporter
 from trainer.resume import Resume
 from trainer.schedules import remarks
@@ -124,6 +125,7 @@ def train(
             batches=feed,
             saver=saver,
             reporter=reporter,
+            replicas=ReplicaCheck(layout, spec.check_replicas_every_steps),
             stop=stop,
             evaluate=evaluate,
         )

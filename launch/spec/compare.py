@@ -14,7 +14,7 @@ from launch.spec.fields import plain
 # Fields that change how long or how fast a run goes, and what is looked at on the way, but not
 # which run it is. A mesh or a layout changes the order of sums: the last bits of the numbers drift.
 HARMLESS = re.compile(
-    r"(num_steps|log_every_steps|compilation_cache)"
+    r"(num_steps|log_every_steps|check_replicas_every_steps|compilation_cache)"
     r"|(checkpoint|eval|mesh|sharding)\..+"
     r"|data\.(.+\.)?(prefetch\w*|\w+_prefetch|threads|num_threads|\w+_threads)"
 )

@@ -149,6 +149,8 @@ class TrainSpec:
       num_microbatches: parts of a batch whose gradients are accumulated in one update.
       seed: of initialization, dropout and the order of the data.
       log_every_steps: between lines of progress and metrics.
+      check_replicas_every_steps: between comparisons of what several devices hold copies of; 0
+        for never.
       model, data: the task's own sections, checked by the task.
       optimizer: `chain` of Optax names and one section of arguments per name.
       compilation_cache: directory of JAX's persistent compile cache; "" for none.
@@ -163,6 +165,7 @@ class TrainSpec:
     num_microbatches: int = 1
     seed: int = 0
     log_every_steps: int = 10
+    check_replicas_every_steps: int = 500
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -177,6 +180,8 @@ class TrainSpec:
     def __post_init__(self) -> None:
         for name in ("num_steps", "global_batch_size", "num_microbatches", "log_every_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        every = self.check_replicas_every_steps
+        require(every >= 0, "check_replicas_every_steps", every, "must be 0 (never) or more")
         require(
             self.task.count(":") == 1, "task", self.task, "must be written package.module:Class"
         )
