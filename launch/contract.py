@@ -69,6 +69,7 @@ LEDGER_RECORD = "ledger.json"
 PLAN_RECORD = "plan.json"  # what the step needs on a cluster (trainer.plan), and the same as text
 PLAN_TEXT = "plan.txt"
 CHECKPOINTS = "checkpoints"
+DATA_INDEX = "data"  # Indices of the data: what a filter keeps, which documents share a row.
 ATTEMPTS = "attempts"
 STACKS = "stacks"  # in an attempt's directory
 LIVE_RECORD = "live.json"  # how the gang stands, while there is one

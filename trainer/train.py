@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,9 @@ from launch.topology import peak_flops
 from trainer import distributed, fingerprint, storage
 from trainer.checkpoint import Checkpointer
 from trainer.data.feed import Feed
+from trainer.data.index import keep_in
+from trainer.data.refusals import training_data
+from trainer.data.same import check_gang
 from trainer.distributed import say
 from trainer.evaluate import make_evaluate
 from trainer.finish import finish
@@ -62,7 +65,12 @@ def train(
             say(line)
 
     # ------------------------------------------------------------------ data
-    feed = Feed(task.train_data(spec.seed), spec.global_batch_size, mesh, "training data")
+    index = None if storage.is_remote(workdir) else os.path.join(workdir, contract.DATA_INDEX)
+    keep_in(index, alive=lambda: contract.report_progress(0, "init"))
+    feed = Feed(training_data(task, spec.seed), spec.global_batch_size, mesh, "training data")
+    evaluate = make_evaluate(spec, task, layout, stop)
+    contract.report_progress(0, "init")
+    check_gang(feed.identity)
     if distributed.is_lead() and (text := task.describe()):
         say(text)
 
@@ -83,7 +91,9 @@ def train(
     beginning = Resume(spec, workdir, {"config": config, **software}, layout).begin(saver)
     step, leaves = beginning.step, beginning.leaves
     if beginning.data_position is not None:
-        feed.restore(beginning.data_position)
+        other_data = allows_other_data(spec.restore.allow_change)
+        for line in feed.restore(beginning.data_position, other_data=other_data):
+            say(line)
     if distributed.is_lead():  # Not before: a config that is refused must leave no trace.
         _write_json(workdir, contract.CONFIG_RECORD, {"schema": contract.SCHEMA, **config})
     stop.step = step
@@ -105,7 +115,6 @@ def train(
     # What is logged up to a step must not be lost when that step is resumed from.
     saver.before_commit = output.flush if output else None
     reporter = make_reporter(spec, task, layout, optimizer, output, began=beginning.optimizer_began)
-    evaluate = make_evaluate(spec, task, layout, stop)
     with output or contextlib.nullcontext():
         loop = Loop(
             layout=layout,
@@ -137,6 +146,13 @@ def train(
     stop.saved()
     feed.close()
     return contract.EXIT_RESUMABLE if ended.stopped else contract.EXIT_DONE
+
+
+def allows_other_data(allow_change: Sequence[str]) -> bool:
+    """Whether the user has named something that may make other examples, or put them in another
+    order."""
+    groups = {name.partition(".")[0] for name in allow_change}
+    return bool(groups & {"data", "seed", "task", "code", "versions"})
 
 
 def standing(saver: Checkpointer, step: int) -> str:

@@ -9,6 +9,7 @@ from launch.spec.compare import (
     compare_versions,
     flatten,
 )
+from launch.spec.data_fields import free_data_fields
 from launch.spec.fields import build, plain, require
 from launch.spec.files import LoadedConfig, add_override, load_config
 from launch.spec.job import (
@@ -49,6 +50,7 @@ __all__ = [
     "compare_configs",
     "compare_versions",
     "flatten",
+    "free_data_fields",
     "load_config",
     "plain",
     "require",

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from launch.spec.data_fields import free_data_fields
 from launch.spec.fields import plain
 
 # Fields that change how long or how fast a run goes, and what is looked at on the way, but not
@@ -33,7 +34,8 @@ class Difference:
     Attributes:
       field: `config.model.num_layers`, `code.my/task.py`, `versions.jax`.
       old, new: the two values; `(absent)` where one does not have the field.
-      harmless: whether it changes neither the numbers nor the order of the data.
+      harmless: whether it changes neither the numbers nor the order of the data, or the data goes
+        on by its position (`launch.spec.data_fields`).
     """
 
     field: str
@@ -61,13 +63,14 @@ def compare_configs(old: Any, new: Any, name: str = "config") -> list[Difference
     """
     old_fields, new_fields = dict(flatten(_as_json(old))), dict(flatten(_as_json(new)))
     differences = []
+    free = free_data_fields(old_fields, new_fields)
     for field in sorted(old_fields.keys() | new_fields.keys()):
         before, after = old_fields.get(field, ABSENT), new_fields.get(field, ABSENT)
         if before == after and isinstance(before, bool) == isinstance(after, bool):
             continue
         if name == "config" and INSTRUCTIONS.fullmatch(field):
             continue
-        harmless = HARMLESS.fullmatch(field) is not None
+        harmless = field in free or HARMLESS.fullmatch(field) is not None
         differences.append(Difference(f"{name}.{field}", before, after, harmless))
     return differences
 
