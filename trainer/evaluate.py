@@ -22,11 +22,14 @@ EvalStep = Callable[[Sequence[jax.Array], Batch], Loss]
 
 
 def make_evaluate(
-    spec: TrainSpec, task: Task, layout: StateLayout
+    spec: TrainSpec,
+    task: Task,
+    layout: StateLayout,
+    through: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
 ) -> Callable[[Leaves], float] | None:
     """Mean loss over the first `eval.num_batches` held-out batches; None without any.
 
-    The evaluation step is compiled at its first use.
+    The evaluation step is compiled at its first use. The batches go `through` a function.
     """
     dataset = task.eval_data() if spec.eval.every_steps else None
     if dataset is None:
@@ -40,7 +43,7 @@ def make_evaluate(
                 step = make_eval_step(task, layout, spec.eval.params)
                 compiled.append(compile_eval_step(step, layout, feed.abstract()))
             batches = itertools.islice(feed, spec.eval.num_batches)
-            return mean_loss(compiled[0], leaves, batches)
+            return mean_loss(compiled[0], leaves, through(batches))
         finally:
             feed.close()
 

@@ -13,7 +13,7 @@ import jax
 from launch import contract
 from launch.spec import TrainSpec
 from launch.topology import peak_flops
-from trainer import distributed, storage
+from trainer import certify, distributed, storage
 from trainer.checkpoint import Checkpointer
 from trainer.data.feed import Feed
 from trainer.distributed import say
@@ -47,6 +47,10 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     Returns:
       The exit code: EXIT_DONE, or EXIT_RESUMABLE when stopped early with a checkpoint.
     """
+    probe = certify.asked_for()  # None, unless `muster certify` runs this.
+    if probe:
+        spec = probe.shortened(spec)
+
     # ------------------------------------------------------------------ mesh and state's layout
     mesh = make_mesh(spec.mesh)
     optimizer, layout, ledger, notes = prepare(spec, task, mesh)
@@ -70,7 +74,11 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
         _write_json(workdir, contract.LEDGER_RECORD, ledger.as_record())
 
     # ------------------------------------------------------------------ restore, or a fresh state
+    if probe:
+        probe.restoring(saver, feed)
     step, leaves = restore_or_init(saver, layout, feed)
+    if probe:
+        probe.restored(step, leaves, layout, optimizer, task)
 
     # ------------------------------------------------------------------ compile
     contract.report_progress(step, "compile")
@@ -78,7 +86,8 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     if step < spec.num_steps:
         began = time.monotonic()
         update = make_train_step(task, layout, num_microbatches=spec.num_microbatches)
-        train_step = compile_train_step(update, layout, feed.abstract(), check=check_program)
+        check = probe.compiling(check_program) if probe else check_program
+        train_step = compile_train_step(update, layout, feed.abstract(), check=check)
         say(f"compiled the training step in {time.monotonic() - began:.1f} s")
     else:
         say(f"already at step {step}: --config.num_steps={2 * step}, say, trains on")
@@ -88,7 +97,9 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     # What is logged up to a step must not be lost when that step is resumed from.
     saver.before_commit = output.flush if output else None
     reporter = make_reporter(spec, task, layout, optimizer, output)
-    evaluate = make_evaluate(spec, task, layout)
+    evaluate = make_evaluate(spec, task, layout, probe.evaluating if probe else iter)
+    if probe:
+        train_step = probe.looping(train_step, feed, saver)
     with StopSignal() as stop, output or contextlib.nullcontext():
         loop = Loop(
             layout=layout,
@@ -111,7 +122,8 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     else:
         loss = reporter.last_eval_loss
         say(f"done at step {ended.step}" + (f": {task.verdict(loss)}" if loss is not None else ""))
-        finish(task, layout, ended.leaves, spec.eval.params, spec.seed)
+        if not probe:  # What is shown at the end proves nothing.
+            finish(task, layout, ended.leaves, spec.eval.params, spec.seed)
     say(f"checkpoints: {saver.directory}")
     say(f"metrics and TensorBoard events: {workdir}")
     contract.report_progress(ended.step, "save")
