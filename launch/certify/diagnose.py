@@ -9,12 +9,6 @@ from launch.certify.compare import LEARNING_RATE, METRIC, MISSING, ROWS, STATE, 
 from launch.certify.records import INITIAL, RESTORED, Records
 
 # Causes.
-INTERRUPTION_FREE = (
-    "data_order",
-    "data_time",
-    "nondeterministic_op",
-    "initialization",
-)  # Those that two runs without any interruption show.
 DATA_POSITION = "data_position"
 DATA_RANDOM = "data_random"
 DATA_ORDER = "data_order"
@@ -28,6 +22,9 @@ CHECKPOINT = "checkpoint"
 HIDDEN_STATE = "hidden_state"
 SCHEDULE = "schedule"
 INCOMPLETE = "incomplete"
+
+# What two runs without any interruption show.
+INTERRUPTION_FREE = (DATA_ORDER, DATA_TIME, NONDETERMINISTIC, INITIALIZATION)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -180,7 +180,7 @@ class Trial:
             return Hit(planned, delivered=False)
         first = marks[0]
         ended = rundir.attempt_record(self.run, first["attempt"]).get("cause")
-        following = self.run_records(first["attempt"] + 1)
+        following = self._went_on_from(first["attempt"] + 1)
         whom = {mark["process"] for mark in marks}
         meant = set(range(self.num_processes)) if planned.process is None else {planned.process}
         where = first["where"]
@@ -193,12 +193,15 @@ class Trial:
             planned, delivered, first["attempt"], first["phase"], first["step"], where, following
         )
 
-    def run_records(self, attempt: int) -> int | None:
-        """The step that an attempt went on from; None if it is not known yet."""
-        reached = rundir.attempt_record(self.run, attempt).get("first_step")
-        if reached is None:
-            reached = rundir.steps_reached(rundir.attempt_path(self.run, attempt))["first_step"]
-        return reached
+    def _went_on_from(self, attempt: int) -> int | None:
+        """The step that the run went on from in this attempt or, if that never came so far, in the
+        next that did; None if there is none yet."""
+        for number in rundir.attempt_numbers(self.run):
+            if number >= attempt:
+                reached = rundir.steps_reached(rundir.attempt_path(self.run, number))
+                if reached["first_step"] is not None:
+                    return reached["first_step"]
+        return None
 
     def records(self) -> Records:
         """What its processes have written; once it has ended."""

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.experimental import io_callback
 from ml_collections import ConfigDict
 
-from trainer.data.sources import training_order
+from trainer.data.sources import fixed_order, training_order
 from trainer.task import Task
 
 WIDTH = 8
@@ -41,6 +41,7 @@ def get_config(fault: str = "sound") -> ConfigDict:
             "num_steps": 100,
             "global_batch_size": 16,
             "optimizer": optimizer,
+            "eval": {"every_steps": 50 if fault == "sound" else 0, "num_batches": 2},
         }
     )
 
@@ -59,13 +60,16 @@ class Sound(Task):
     """Regression onto the sum of the inputs, with nothing wrong."""
 
     def make_model(self, rngs: nnx.Rngs) -> nnx.Module:
-        return nnx.Linear(WIDTH, 1, rngs=rngs)
+        return nnx.Sequential(nnx.Dropout(0.1, rngs=rngs), nnx.Linear(WIDTH, 1, rngs=rngs))
 
     def loss(self, model: Any, batch: Any) -> Any:
         return jnp.mean((model(batch["x"])[:, 0] - jnp.sum(batch["x"], axis=-1)) ** 2)
 
     def train_data(self, seed: int) -> grain.MapDataset:
         return training_order(Rows(), seed)
+
+    def eval_data(self) -> grain.MapDataset:
+        return fixed_order(Rows())
 
 
 class UnsavedRng(Sound):
