@@ -38,10 +38,9 @@ def certify(arguments: Sequence[str], flags: Mapping[str, str], words: Sequence[
         rule = "certify is not there yet on it: it reads what all processes write in --workdir"
         raise ConfigError("cluster.backend", rule, "tpu")
     steps = _number(flags, "steps", _STEPS, least=1)
-    if "steps" not in flags:  # Data that ends with the run has no more.
-        steps = min(steps, max(8, request.config.num_steps))
-    pace = interruptions.pace(steps, bool(request.config.get("eval", {}).get("every_steps")))
     names = interruptions.parse(flags.get("interruptions"))
+    evaluates = bool(request.config.get("eval", {}).get("every_steps"))
+    pace = interruptions.pace(steps, evaluates, len(names))
     others = topologies.others(
         topologies.parse(flags.get("topologies")), request.sources, request.config, request.cluster
     )

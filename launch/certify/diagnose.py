@@ -194,8 +194,7 @@ def _rows(difference: Difference, reference: Records, run: Records, where: str) 
                     f"{back}. Its position is kept in the Task or the source and is not saved: "
                     "make element i of train_data() a function of i.",
                 )
-    known = bool(set.union(set(), *got.rows.values()) & _all_rows(reference))
-    if known:
+    if got.rows[row] & _all_rows(reference):
         return Diagnosis(
             DATA_POSITION,
             f"In {where}, step {step} was fed rows that belong elsewhere: the position of the "

@@ -25,6 +25,7 @@ ALL = (
     "step:sigterm",
     "step:twice",
 )
+_FEW = 4  # Interruptions that find their places in fewer steps.
 _LONGEST_DELAY_SECONDS = 0.1
 
 _KINDS_IN_WORDS = {"exception": "an exception", "sigterm": "SIGTERM", "kill": "SIGKILL"}
@@ -81,17 +82,22 @@ class Interruption:
         return f"{_KINDS_IN_WORDS[self.kind]}{whom}, {_PHASES_IN_WORDS[self.phase]}"
 
 
-def pace(steps: int, evaluates: bool) -> Pace:
+def pace(steps: int, evaluates: bool, count: int = 0) -> Pace:
     """Saves four times, and evaluates between saves.
+
+    Args:
+      steps: of each run.
+      evaluates: whether the config does.
+      count: of interruptions that have to find a place.
 
     Raises:
       ConfigError: too few steps for that.
     """
-    if steps < 8:
-        raise ConfigError(
-            "--steps", "must be at least 8, for saves and steps on both sides of each", steps
-        )
-    save_every = steps // 4
+    least = 12 if count > _FEW else 8
+    if steps < least:
+        rule = f"must be at least {least}, for saves and {count} interruptions between them"
+        raise ConfigError("--steps", rule, steps)
+    save_every = -(-steps // 4)
     return Pace(steps, save_every, save_every + 1 if evaluates else 0)
 
 
@@ -181,10 +187,8 @@ def _step_of(phase: str, saved: int, pace: Pace, share: float, left: int) -> int
             max(min(-(-at // pace.save_every), 3), -(-first // pace.save_every)) * pace.save_every
         )
     if phase == "eval":
-        # The last one comes behind the last save: then nothing would be left to interrupt.
-        every = pace.eval_every
-        at = min(-(-at // every), (pace.steps - 1) // every) * every
-        return at if at > saved else pace.steps
+        # The soonest: the last one comes behind the last save, and leaves nothing to interrupt.
+        return min(-(-first // pace.eval_every) * pace.eval_every, pace.steps)
     return at
 
 
