@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from launch import contract, rundir
+from launch import contract
 from launch.certify import certificate, interruptions, judge, page
 from launch.certify.certificate import Outcome
 from launch.certify.diagnose import Diagnosis
-from launch.certify.fleet import Fleet
+from launch.certify.fleet import Fleet, clear
 from launch.certify.interruptions import Interruption, Pace
 from launch.certify.judge import Finding, OnTopology
 from launch.certify.topologies import Topology
@@ -22,8 +21,6 @@ from launch.certify.trial import Trial, as_json
 from launch.request import Request
 from launch.spec import ConfigError
 from launch.times import duration
-
-_LEFT_SECONDS = 30.0  # How long what a killed certificate has left may take to end.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +79,7 @@ class Certification:
 
     def clean(self) -> None:
         """Delete what an earlier certificate has left, once nothing of it runs any more."""
-        limit = time.monotonic() + _LEFT_SECONDS
-        for run in sorted(self._folder.glob("*/run")):
-            while rundir.owner(run) is not None:
-                if time.monotonic() > limit:
-                    rule = "is still in use by a certificate that was killed; try again"
-                    raise ConfigError("workdir", rule, str(run))
-                time.sleep(0.2)
-        for path in self._folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
+        clear(self._folder)
         for name in (certificate.FILE, certificate.PAGE):
             (self._request.workdir / name).unlink(missing_ok=True)
 
@@ -240,9 +228,19 @@ class Certification:
             return
         outcome.others = [trial for _, trial in ran]
         self._say("comparing the states")
-        drift = judge.measure_drift(
-            outcome.reference, parted, self._pace.steps, outcome.others, self._request.cluster.env
-        )
+        try:
+            drift = judge.measure_drift(
+                outcome.reference,
+                parted,
+                self._pace.steps,
+                outcome.others,
+                env=self._request.cluster.env,
+                over=self._fleet.interrupted,
+            )
+        except RuntimeError as error:
+            self._fleet.check()
+            outcome.finding = Finding("drift", None, Diagnosis("not_compared", str(error)))
+            return
         for topology, trial in ran:
             judged, found = judge.on_topology(
                 topology, trial, outcome.reference.records(), drift[trial.name], self._pace.steps

@@ -33,11 +33,12 @@ def certify(arguments: Sequence[str], flags: Mapping[str, str], words: Sequence[
     """
     request = make_request(arguments, {"workdir": flags.get("workdir", "")}, words)
     if request.config is None:
-        raise ConfigError("", "muster certify takes a --config; a program of your own is not known")
+        raise ConfigError("", "muster certify takes --config=FILE: it cannot look into a program")
     if request.cluster.backend == "tpu":
-        rule = "certify is not there yet on it: it reads what all processes write in --workdir"
+        rule = "certify reads what all processes write in --workdir, and TPU VMs share no file "
+        rule += "system with this machine; certify the config on a cluster of 'local' or 'slurm'"
         raise ConfigError("cluster.backend", rule, "tpu")
-    steps = _number(flags, "steps", _STEPS, least=1)
+    steps = _number(flags, "steps", _STEPS, least=8)
     names = interruptions.parse(flags.get("interruptions"))
     evaluates = bool(request.config.get("eval", {}).get("every_steps"))
     pace = interruptions.pace(steps, evaluates, len(names))

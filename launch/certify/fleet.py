@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
+from launch import rundir
 from launch.certify.trial import Trial
+from launch.spec import ConfigError
 
 _POLL_SECONDS = 0.1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STOP_SECONDS = 30.0  # For a gang that is killed; it takes two or three.
+
+
+_LEFT_SECONDS = 30.0  # How long what a killed certificate has left may take to end.
+
+
+def clear(folder: Path) -> None:
+    """Delete the trials of an earlier certificate, once nothing of them runs any more.
+
+    Raises:
+      ConfigError: something still does.
+    """
+    limit = time.monotonic() + _LEFT_SECONDS
+    for run in sorted(folder.glob("*/run")):
+        while rundir.owner(run) is not None:
+            if time.monotonic() > limit:
+                rule = "is still in use by a certificate that was killed; try again in a minute"
+                raise ConfigError("workdir", rule, str(run))
+            time.sleep(_POLL_SECONDS)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 class InterruptedByUser(Exception):
@@ -26,6 +51,9 @@ class Fleet:
       state: where their runs are remembered.
       parallel: how many at once.
       say: tells a line.
+
+    Attributes:
+      interrupted: set when Ctrl-C, SIGTERM or SIGHUP came.
     """
 
     def __init__(self, state: Path, parallel: int, say: Callable[[str], None]):
@@ -33,7 +61,7 @@ class Fleet:
         self._parallel = parallel
         self._say = say
         self._running: list[Trial] = []
-        self._interrupted = False
+        self.interrupted = threading.Event()
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Fleet:
@@ -49,7 +77,7 @@ class Fleet:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        self._interrupted = True
+        self.interrupted.set()
 
     def run(self, trials: Sequence[Trial]) -> None:
         """Run trials to their ends.
@@ -76,7 +104,7 @@ class Fleet:
 
     def check(self) -> None:
         """Raise InterruptedByUser if a signal has come."""
-        if self._interrupted:
+        if self.interrupted.is_set():
             self._say("stopping")
             self._stop()
             raise InterruptedByUser

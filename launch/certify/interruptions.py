@@ -116,7 +116,7 @@ def parse(text: str | None) -> list[str]:
         phase, _, kind = name.partition(":")
         if phase not in PHASES or kind not in KINDS:
             known = [*ALL, *(f"{phase}:{kind}" for phase in PHASES for kind in KINDS)]
-            rule = f"{name!r} is no PHASE:KIND; {closest(name, known, most=len(ALL))}"
+            rule = f"there is no {name!r}; {closest(name, known, most=len(ALL))}"
             raise ConfigError("--interruptions", rule, text)
     if not names:
         raise ConfigError("--interruptions", f"names none; known: {', '.join(ALL)}", text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -205,9 +206,23 @@ def on_topology(
 
 
 def measure_drift(
-    parted: Trial, step: int, steps: int, trials: Sequence[Trial], env: Mapping[str, str]
+    parted: Trial,
+    step: int,
+    steps: int,
+    trials: Sequence[Trial],
+    *,
+    env: Mapping[str, str],
+    over: threading.Event,
 ) -> dict[str, Any]:
     """Have the last states compared, by a process that has JAX; it reads them on this machine.
+
+    Args:
+      parted: the reference.
+      step: that the others went on from.
+      steps: of all.
+      trials: the others.
+      env: that the cluster config sets.
+      over: nobody wants to know any more when this is set.
 
     Raises:
       RuntimeError: it could not; the text has what it said last.
@@ -229,6 +244,7 @@ def measure_drift(
         timeout_seconds=_DRIFT_SECONDS,
         env={**trainer_env(env), "JAX_PLATFORMS": "cpu", contract.CERTIFY_PLAN: ""},
         bound=True,
+        over=over,
     )
     if not done.ok:
         raise RuntimeError(f"the states could not be compared: {done.last_word}")

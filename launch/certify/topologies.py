@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from launch.request import check_config
-from launch.spec import Cluster, ConfigError, cluster_spec, load_config, train_spec
+from launch.spec import Cluster, ConfigError, closest, cluster_spec, load_config, train_spec
 
 NAMES = ("fewer", "more", "mesh")
 
@@ -31,8 +31,6 @@ class Topology:
 
 def parse(text: str | None) -> list[str]:
     """The names of `--topologies=NAME,...`; all of them by default, none for `none`."""
-    from launch.spec import closest
-
     if text is None:
         return list(NAMES)
     if text == "none":
@@ -40,7 +38,7 @@ def parse(text: str | None) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in NAMES:
-            raise ConfigError("--topologies", f"{name!r}: {closest(name, NAMES)}", text)
+            raise ConfigError("--topologies", f"there is no {name!r}; {closest(name, NAMES)}", text)
     return names
 
 

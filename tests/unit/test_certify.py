@@ -313,7 +313,7 @@ def test_whom_it_befalls_is_drawn_by_the_seed_and_the_same_again():
     ("text", "message"),
     [
         ("step:kil", "did you mean 'step:kill'?"),
-        ("nonsense", "is no PHASE:KIND"),
+        ("nonsense", "there is no 'nonsense'; known: "),
         (",", "names none"),
     ],
 )
