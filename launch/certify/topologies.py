@@ -96,8 +96,9 @@ def _first(
         except ConfigError as error:
             reason = reason or str(error)
             continue
-        count = cluster.num_processes
-        text = f"{count} process{'es' * (count > 1)} with {cluster.num_devices} devices in all"
+        count, devices = cluster.num_processes, cluster.num_devices
+        text = f"{count} process{'es' * (count > 1)} of {devices // count} "
+        text += f"device{'s' * (devices > count)}"
         return Topology(name, text, own)
     return Topology(name, text, impossible=reason)
 

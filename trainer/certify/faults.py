@@ -22,7 +22,7 @@ from launch import contract
 KILL, EXCEPTION, SIGTERM = "kill", "exception", "sigterm"
 
 _POLL_SECONDS = 0.002
-_HEARD_SECONDS = 1.0
+_HEARD_SECONDS = 2.0
 _TOGETHER_SECONDS = 20.0  # How long the processes of a gang wait for each other before they die.
 
 
