@@ -55,7 +55,7 @@ class Tolerance:
 
     Attributes:
       metric: relative, of the loss.
-      states: whether the states' digests must be the same.
+      states: whether the states after steps must be the same; else it is another topology.
     """
 
     metric: float = 0.0
@@ -91,8 +91,9 @@ def _differences(
     if attempt.start is None:
         return
     for when in (INITIAL, RESTORED):
-        if tolerance.states:
-            yield from _states(reference, attempt, attempt.start, when, kinds)
+        # What is read back must be what was saved on any topology.
+        other = not tolerance.states
+        yield from _states(reference, attempt, attempt.start, when, kinds, other_topology=other)
     for number, step in sorted(attempt.steps.items()):
         wanted = reference.step(number)
         if wanted is None:
@@ -107,11 +108,19 @@ def _differences(
 
 
 def _states(
-    reference: Records, attempt: Execution, step: int, when: str, kinds: Mapping[str, str]
+    reference: Records,
+    attempt: Execution,
+    step: int,
+    when: str,
+    kinds: Mapping[str, str],
+    *,
+    other_topology: bool = False,
 ) -> Iterator[Difference]:
     found, wanted = attempt.states.get((step, when)), reference.state(step)
     if found is None or wanted is None:
         return
+    if other_topology:
+        found, wanted = _by_place(found, wanted)
     differing = [name for name in found if not _same_leaf(wanted.get(name), found[name])]
     if not differing:
         return
@@ -130,6 +139,24 @@ def _states(
         resumed_at=attempt.start or 0,
         others=tuple(differing[1:]),
     )
+
+
+def _by_place(
+    found: Mapping[str, Parts], wanted: Mapping[str, Parts]
+) -> tuple[dict[str, Parts], dict[str, Parts]]:
+    """Of both states the parts that both have, whichever process holds them."""
+    ours, theirs = (
+        {
+            name: {(-1, place): digest for (_, place), digest in parts.items()}
+            for name, parts in state.items()
+        }
+        for state in (found, wanted)
+    )
+    shared = {
+        name: {part: digest for part, digest in parts.items() if part in theirs.get(name, {})}
+        for name, parts in ours.items()
+    }
+    return shared, theirs
 
 
 def _place(kind: str) -> int:

@@ -55,7 +55,7 @@ def without_interruption(
       hash_seed_matters: whether two further runs with the same PYTHONHASHSEED had the same rows;
         None if that was not tried.
     """
-    lead = "two runs without any interruption differ already"
+    lead = "Two runs without any interruption differ already"
     if difference.what == ROWS:
         return _data_differs(lead, difference, reference, repeat, hash_seed_matters)
     if difference.what == INITIAL:
@@ -124,13 +124,14 @@ def after_interruption(difference: Difference, reference: Records, run: Records)
     """
     step, resumed, name = difference.step, difference.resumed_at, difference.name
     where = f"the attempt that went on from step {resumed}" if resumed else "an attempt"
+    there = where[:1].upper() + where[1:]
     if difference.what == RESTORED:
         return _restored(difference, where)
     if difference.what == ROWS:
         return _rows(difference, reference, run, where)
     if difference.what == LEARNING_RATE:
         text = (
-            f"{where} used another learning rate at step {step}: the schedule is no function of "
+            f"{there} used another learning rate at step {step}: the schedule is no function of "
             "the step alone."
         )
         return Diagnosis(SCHEDULE, text)
@@ -159,7 +160,7 @@ def after_interruption(difference: Difference, reference: Records, run: Records)
         )
     if difference.what == STATE:
         return _state(difference, where, late)
-    return Diagnosis(HIDDEN_STATE, f"{where} began with another state: {name} differs.")
+    return Diagnosis(HIDDEN_STATE, f"{there} began with another state ({name}).")
 
 
 def _restored(difference: Difference, where: str) -> Diagnosis:
@@ -171,10 +172,11 @@ def _restored(difference: Difference, where: str) -> Diagnosis:
     }.get(difference.kind, (CHECKPOINT, "what was saved is not what was restored"))
     if difference.kind == "optimizer" and difference.found == "zeros":
         what = "the optimizer's moments were reset"
-    more = f" and {len(difference.others)} more leaves" if difference.others else ""
+    more = f" and {len(difference.others)} more leaves differ" if difference.others else " differs"
     return Diagnosis(
         cause,
-        f"{where} began with a state that is not that of step {step}: {name}{more} differ; {what}.",
+        f"{where[:1].upper()}{where[1:]} began with a state that is not that of step {step}: "
+        f"{name}{more}; {what}.",
     )
 
 

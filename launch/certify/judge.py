@@ -180,11 +180,15 @@ def on_topology(
     if difference is not None:
         found = diagnose.after_interruption(difference, reference, run)
         if difference.what == compare.METRIC:
+            after = difference.step - difference.resumed_at
             text = (
                 f"On {topology.text} the loss drifts by {drift['loss']:.2g} (relative), more than "
-                f"{tolerance.metric:g}, with the same rows. {found.text}"
+                f"{tolerance.metric:g}, with the same rows, {after} steps after it went on. On its "
+                "own topology the run may well resume: a step that depends on how many processes "
+                "or devices there are (statistics of a part of the batch, a generator of each "
+                "process) does this, or numbers so unstable that rounding decides."
             )
-            found = Diagnosis(found.cause, text)
+            found = Diagnosis("drift", text)
         finding = Finding(trial.name, difference, found)
         return OnTopology(topology, FAILED, finding.text, drift), finding
     if drift["unequal"]:

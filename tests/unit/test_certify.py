@@ -160,6 +160,20 @@ def test_a_loss_may_drift_within_the_tolerance_and_rows_never():
     assert first_difference(reference(), rows, loose, 8).what == "rows"
 
 
+def test_what_is_restored_on_another_topology_is_what_was_saved_where_the_parts_are_the_same():
+    loose = compare.Tolerance(metric=1e-3, states=False)
+    run = Records([execution(4, 8)])
+    restored = state_of(4)
+    # One process has all of the first leaf, which two had, and two halves of another.
+    restored["model.w"] = {(0, "0:4"): "model.w 4"}
+    restored["optimizer.mu.w"] = {(0, "0:2"): "a half", (0, "2:4"): "another"}
+    run.attempts[0].states[4, RESTORED] = restored
+    assert first_difference(reference(), run, loose, 8) is None
+    restored["model.w"] = {(0, "0:4"): "zeros"}
+    found = first_difference(reference(), run, loose, 8)
+    assert (found.what, found.name, found.found) == (RESTORED, "model.w", "zeros")
+
+
 def uninterrupted(where: str) -> Records:
     run = reference()
     if where == "order":
