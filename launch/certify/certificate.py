@@ -17,6 +17,7 @@ from launch.certify.trial import Hit, Trial
 from launch.plan import code
 from launch.spec import plain
 
+AGAIN = "again"  # The run of what was not delivered at first.
 FILE, PAGE = "certificate.json", "certificate.html"
 
 
@@ -115,6 +116,7 @@ def interruption(trial: Trial, hit: Hit) -> dict[str, Any]:
         "delivered": hit.delivered,
         "where": hit.where,
         "trial": trial.name,
+        "tries": 2 if trial.name == AGAIN else 1,
         "attempt": hit.attempt,
         "resumed_at": hit.resumed_at,
         "text": planned.text,

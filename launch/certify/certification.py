@@ -118,7 +118,7 @@ class Certification:
         self._judge(trials)
         missed = [hit.interruption.name for _, hit in outcome.hits if not hit.delivered]
         if missed and outcome.finding is None:
-            again = self._interrupted([list(dict.fromkeys(missed))], "again")
+            again = self._interrupted([list(dict.fromkeys(missed))], certificate.AGAIN)
             self._fleet.run(again)
             outcome.trials += again
             outcome.hits = [one for one in outcome.hits if one[1].interruption.name not in missed]
@@ -289,6 +289,7 @@ class Certification:
             [*self._request.sources, *words],
             interruptions=interrupted,
             num_processes=self._request.cluster.num_processes,
+            backend=self._request.cluster.backend,
         )
 
     def _plan(self, trial: Trial, keep_all: bool = False) -> Mapping[str, object]:

@@ -16,7 +16,7 @@ from launch.spec import ConfigError
 
 _POLL_SECONDS = 0.1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_STOP_SECONDS = 30.0  # For a gang that is killed; it takes two or three.
+_STOP_SECONDS = 60.0  # For a gang that is killed; it takes two or three.
 
 
 _LEFT_SECONDS = 30.0  # How long what a killed certificate has left may take to end.

@@ -64,6 +64,7 @@ class Trial:
       plan: of `interruptions.plan_of` with this trial's `records`.
       interruptions: that the plan holds.
       num_processes: of its gang.
+      backend: of the cluster.
     """
 
     def __init__(
@@ -75,12 +76,15 @@ class Trial:
         *,
         interruptions: Sequence[Interruption] = (),
         num_processes: int = 1,
+        backend: str = "local",
     ):
         self.name, self.text, self.folder = name, text, folder
         self.words = tuple(words)
         self.interruptions = tuple(interruptions)
         self.num_processes = num_processes
         self.seconds: float | None = None
+        # Where the gang is a job, SIGTERM ends the looking on alone. A shell's `&` ignores SIGINT.
+        self._stop_signal = signal.SIGINT if backend == "slurm" else signal.SIGTERM
         self._began = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._told: set[int] = set()
@@ -137,11 +141,11 @@ class Trial:
         """Have the gang stopped or, `at_once`, killed; its launcher ends after it."""
         assert self._process is not None
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+            self._process.send_signal(self._stop_signal)
             if at_once:
                 time.sleep(0.3)  # Two signals at the same moment would be one.
                 if self._process.poll() is None:
-                    self._process.send_signal(signal.SIGTERM)
+                    self._process.send_signal(self._stop_signal)
 
     def wait(self, seconds: float) -> bool:
         """Wait for the launcher's end; whether it came in time."""
