@@ -186,16 +186,23 @@ def _rows(difference: Difference, reference: Records, run: Records, where: str) 
         a.steps[step] for a in run.attempts if a.number == difference.attempt and step in a.steps
     )
     row = int(difference.name)
-    for attempt in reference.attempts:
-        for number, other in sorted(attempt.steps.items()):
-            if number != step and other.rows.get(row) == got.rows[row]:
-                back = "from the beginning" if number == 1 else f"at step {number}"
-                return Diagnosis(
-                    DATA_POSITION,
-                    f"In {where}, step {step} was fed the rows of step {number}: the data went on "
-                    f"{back}. Its position is kept in the Task or the source and is not saved: "
-                    "make element i of train_data() a function of i.",
-                )
+    served = set().union(*got.rows.values())
+    shared = {
+        number: len(served & set().union(*other.rows.values()))
+        for attempt in reference.attempts
+        for number, other in sorted(attempt.steps.items())
+        if number != step
+    }
+    number = max(shared, key=lambda one: shared[one], default=0)
+    # In another order or with some rows of the next step they are that step's all the same.
+    if number and shared[number] > len(served) / 2:
+        back = "from the beginning" if number == 1 else f"at step {number}"
+        return Diagnosis(
+            DATA_POSITION,
+            f"In {where}, step {step} was fed the rows of step {number}: the data went on {back}. "
+            "Its position is kept in the Task or the source and is not saved: make element i of "
+            "train_data() a function of i.",
+        )
     if got.rows[row] & _all_rows(reference):
         return Diagnosis(
             DATA_POSITION,

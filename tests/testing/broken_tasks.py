@@ -91,19 +91,18 @@ class UnsavedRng(Sound):
 
 
 class _Next(Rows):
-    """Rows that are handed out one after the other, whichever is asked for."""
+    """Rows of a stream, handed out as they are asked for, and kept: the same again for an index."""
 
     def __init__(self) -> None:
-        self._handed_out = 0
+        self._handed_out: dict[int, int] = {}
 
     def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
-        del index
-        self._handed_out += 1
-        return super().__getitem__(self._handed_out % NUM_ROWS)
+        place = self._handed_out.setdefault(int(index), len(self._handed_out))
+        return super().__getitem__(place)
 
 
 class UnsavedIterator(Sound):
-    """The position in the data is a counter in the source."""
+    """The position in the data is how much of a stream the source has handed out."""
 
     def train_data(self, seed: int) -> grain.MapDataset:
         return training_order(_Next(), seed)

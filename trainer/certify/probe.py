@@ -101,16 +101,16 @@ class Probe:
         """Watch the restore: from where it begins to where the data is told its position."""
         restore, go_on = saver.restore, feed.restore
 
-        def watched(abstract: Any) -> Any:
+        def watched(*wanted: Any) -> Any:
             if checkpoint_choice.files_of(saver.directory).steps_in(saver.directory):
                 self._faults.later("restore", None, "while the checkpoint was read")
-            return restore(abstract)
+            return restore(*wanted)
 
-        def positioned(position: Any) -> None:
+        def positioned(position: Any, **options: Any) -> Any:
             self._faults.befall("restore", None, "the state was read, the data not yet positioned")
-            go_on(position)
+            return go_on(position, **options)
 
-        saver.restore = watched  # type: ignore[method-assign]
+        saver.restore = watched  # type: ignore[method-assign,assignment]
         feed.restore = positioned
 
     def restored(

@@ -103,6 +103,10 @@ class Place:
         """Before a projection whose outputs are split over `tensor`: gradients are summed."""
         return _enter(self.tensor, x) if self.tensor else x
 
+    def enter_backward(self, dx: jax.Array) -> jax.Array:
+        """The gradient of `enter`."""
+        return jax.lax.psum(dx, self.tensor) if self.tensor else dx
+
     def leave(self, x: jax.Array) -> jax.Array:
         """Behind a projection whose inputs are split over `tensor`: sum the parts."""
         return _leave(self.tensor, x) if self.tensor else x

@@ -37,7 +37,20 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x_ND: jax.Array, place: Place) -> jax.Array:
         """[N, D] to [N, D], of the same dtype."""
-        x32_ND = x_ND.astype(jnp.float32)
-        mean_square_N1 = jnp.mean(jnp.square(x32_ND), axis=-1, keepdims=True)
-        x32_ND *= jax.lax.rsqrt(mean_square_N1 + self.epsilon)
-        return (x32_ND * place.weight(self.scale_D, "float32")).astype(x_ND.dtype)
+        return rms_norm(x_ND, place.weight(self.scale_D, "float32"), self.epsilon)
+
+
+def rms_norm(x_ND: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
+    """[N, D] to [N, D], of the same dtype; see RMSNorm."""
+    return scaled(x_ND, inverse_rms(x_ND, epsilon), scale_D)
+
+
+def inverse_rms(x_ND: jax.Array, epsilon: float) -> jax.Array:
+    """[N, D] to [N, 1] float32, the inverse root mean square of each row."""
+    square_ND = jnp.square(x_ND.astype(jnp.float32))
+    return jax.lax.rsqrt(jnp.mean(square_ND, axis=-1, keepdims=True) + epsilon)
+
+
+def scaled(x_ND: jax.Array, inverse_N1: jax.Array, scale_D: jax.Array) -> jax.Array:
+    """What RMSNorm makes of x, given the inverse root mean square of its rows."""
+    return (x_ND.astype(jnp.float32) * inverse_N1 * scale_D).astype(x_ND.dtype)
