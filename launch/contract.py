@@ -35,6 +35,7 @@ DEVICES_PER_PROCESS = "MUSTER_DEVICES_PER_PROCESS"
 PROGRESS_FILE = "MUSTER_PROGRESS_FILE"
 FAILURE_FILE = "MUSTER_FAILURE_FILE"  # where a process says which exception ends it
 STACKS_FILE = "MUSTER_STACKS_FILE"  # where its Python stacks are written when they are asked for
+CERTIFY_PLAN = "CERTIFY_PLAN"  # the faults and records that `muster certify` asks a training for
 DEADLINE_FILE = "MUSTER_DEADLINE_FILE"  # says when a process that was told to stop is killed
 STORAGE_DIR = "MUSTER_STORAGE_DIR"  # where a run on machines that come and go keeps what lasts
 

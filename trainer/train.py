@@ -14,7 +14,7 @@ import jax
 from launch import contract
 from launch.spec import TrainSpec
 from launch.topology import peak_flops
-from trainer import distributed, fingerprint, storage
+from trainer import certify, distributed, fingerprint, storage
 from trainer.checkpoint import Checkpointer
 from trainer.data.feed import Feed
 from trainer.data.index import keep_in
@@ -56,6 +56,10 @@ def train(
     Returns:
       The exit code: EXIT_DONE, or EXIT_RESUMABLE when stopped early with a checkpoint.
     """
+    probe = certify.asked_for()  # None, unless `muster certify` runs this.
+    if probe:
+        spec = probe.shortened(spec)
+
     # ------------------------------------------------------------------ mesh and state's layout
     mesh = make_mesh(spec.mesh)
     optimizer, layout, ledger, notes = prepare(spec, task, mesh)
@@ -68,7 +72,7 @@ def train(
     index = None if storage.is_remote(workdir) else os.path.join(workdir, contract.DATA_INDEX)
     keep_in(index, alive=lambda: contract.report_progress(0, "init"))
     feed = Feed(training_data(task, spec.seed), spec.global_batch_size, mesh, "training data")
-    evaluate = make_evaluate(spec, task, layout, stop)
+    evaluate = make_evaluate(spec, task, layout, stop, probe.evaluating if probe else iter)
     contract.report_progress(0, "init")
     check_gang(feed.identity)
     if distributed.is_lead() and (text := task.describe()):
@@ -88,6 +92,8 @@ def train(
 
     # ------------------------------------------------------------------ restore, or a fresh state
     contract.report_progress(0, "restore")
+    if probe:
+        probe.restoring(saver, feed)
     beginning = Resume(spec, workdir, {"config": config, **software}, layout).begin(saver)
     step, leaves = beginning.step, beginning.leaves
     if beginning.data_position is not None:
@@ -98,6 +104,8 @@ def train(
         _write_json(workdir, contract.CONFIG_RECORD, {"schema": contract.SCHEMA, **config})
     stop.step = step
     stop.standing = lambda: standing(saver, stop.step)
+    if probe:
+        probe.restored(step, leaves, layout, optimizer, task)
 
     # ------------------------------------------------------------------ compile
     contract.report_progress(step, "compile")
@@ -105,7 +113,8 @@ def train(
     if step < spec.num_steps:
         began = time.monotonic()
         update = make_train_step(task, layout, num_microbatches=spec.num_microbatches)
-        train_step = compile_train_step(update, layout, feed.abstract(), check=check_program)
+        check = probe.compiling(check_program) if probe else check_program
+        train_step = compile_train_step(update, layout, feed.abstract(), check=check)
         say(f"compiled the training step in {time.monotonic() - began:.1f} s")
     else:
         say(f"already at step {step}: --config.num_steps={2 * step}, say, trains on")
@@ -115,6 +124,8 @@ def train(
     # What is logged up to a step must not be lost when that step is resumed from.
     saver.before_commit = output.flush if output else None
     reporter = make_reporter(spec, task, layout, optimizer, output, began=beginning.optimizer_began)
+    if probe:
+        train_step = probe.looping(train_step, feed, saver)
     with output or contextlib.nullcontext():
         loop = Loop(
             layout=layout,
@@ -138,7 +149,8 @@ def train(
     else:
         loss = reporter.last_eval_loss
         say(f"done at step {ended.step}" + (f": {task.verdict(loss)}" if loss is not None else ""))
-        finish(task, layout, ended.leaves, spec.eval.params, spec.seed)
+        if not probe:  # What is shown at the end proves nothing.
+            finish(task, layout, ended.leaves, spec.eval.params, spec.seed)
     say(f"checkpoints: {saver.directory}" + (f" ({saver.cost})" if saver.cost else ""))
     say(f"metrics and TensorBoard events: {workdir}")
     contract.report_progress(ended.step, "save")
