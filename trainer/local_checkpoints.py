@@ -216,6 +216,18 @@ class LocalCheckpoints:
             if self._is_mine(entry) and (entry.step <= step or entry.attempt != self._attempt)
         )
 
+    def distrust(self) -> None:
+        """Delete what this attempt has saved: copies of its state were found to differ.
+
+        Not collective.
+        """
+        self.kept = None
+        self.files.remove(
+            entry
+            for entry in self.files.entries()
+            if self._is_mine(entry) and entry.attempt == self._attempt
+        )
+
     def close(self, committed: int | None) -> None:
         """Delete what nobody needs, and the directory with it if nothing is left. Not collective.
 

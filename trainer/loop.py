@@ -15,7 +15,7 @@ from trainer.data.feed import Feed
 from trainer.distributed import broadcast, say
 from trainer.local_checkpoints import LocalCheckpoints
 from trainer.preemption import Stopped, StopSignal
-from trainer.replicas import ReplicaCheck
+from trainer.replicas import ReplicaCheck, ReplicaError
 from trainer.report import Reporter
 from trainer.state import Leaves, StateLayout
 
@@ -84,7 +84,7 @@ class Loop:
                 # A process whose data was not worth waiting for does all of this as the others do.
                 ended = step == self.num_steps
                 if self.replicas.due(step):  # Before a save, which must hold nothing corrupted.
-                    self.replicas.check(step, leaves)
+                    self._check_replicas(step, leaves)
                 if ended or self.saver.due(step, logging_step=step % self.log_every_steps == 0):
                     self._save(leaves, step, position, final=ended)
                 elif self.local and self.local.due(step):
@@ -144,6 +144,14 @@ class Loop:
         state = self.layout.as_dict(leaves)
         self.reporter.spent_saving(self.saver.save(step, state, position, final=final))
         report_progress(step, "step")
+
+    def _check_replicas(self, step: int, leaves: Leaves) -> None:
+        try:
+            self.replicas.check(step, leaves)
+        except ReplicaError:
+            if self.local:
+                self.local.distrust()  # The next attempt would begin with it.
+            raise
 
     def _save_locally(
         self, local: LocalCheckpoints, leaves: Leaves, step: int, position: Any

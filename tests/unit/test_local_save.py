@@ -101,6 +101,18 @@ def test_what_an_earlier_attempt_saved_stays_until_there_is_something_newer(run)
     second.close(None)
 
 
+def test_a_state_that_is_found_corrupted_is_not_gone_on_from(run):
+    first = run.start()
+    first.save(5, state(5), None)
+    first.close(None)
+    second = run.start()
+    assert resume(second).step == 5
+    second.save(10, state(10), None)
+    second.distrust()
+    assert steps(second) == [5]
+    second.close(None)
+
+
 def test_steps_of_a_course_that_was_left_are_not_come_back_to(run):
     first = run.start()
     first.save(10, state(10), None)
