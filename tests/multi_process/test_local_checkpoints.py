@@ -192,8 +192,10 @@ def shardings(data, fsdp):
 
 def make(step, where):
     def create():
-        return {
-            "w": jnp.arange(8 * 64, dtype=jnp.float32).reshape(8, 64) * jnp.float32(-0.0) - step,
+        words = jax.random.bits(jax.random.key(step + 1), (8, 64), jnp.uint32)
+        words = words.at[:, :3].set(jnp.uint32([0x80000000, 0x7FA00001, 1]))
+        return {  # Minus zero, a signalling NaN and a denormal are not to be touched.
+            "w": jax.lax.bitcast_convert_type(words, jnp.float32),
             "b": jnp.full((3, 16), jnp.nan, jnp.bfloat16).at[0].set(step),
             "keys": jax.random.split(jax.random.key(step), 4),
             "key": jax.random.key(step),
