@@ -71,6 +71,7 @@ PLAN_RECORD = "plan.json"  # what the step needs on a cluster (trainer.plan), an
 PLAN_TEXT = "plan.txt"
 CHECKPOINTS = "checkpoints"
 DATA_INDEX = "data"  # Indices of the data: what a filter keeps, which documents share a row.
+LOCAL_RECORD = "local_checkpoints.json"  # by which number the hosts' own storage knows the run
 ATTEMPTS = "attempts"
 STACKS = "stacks"  # in an attempt's directory
 LIVE_RECORD = "live.json"  # how the gang stands, while there is one
