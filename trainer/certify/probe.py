@@ -93,6 +93,7 @@ class Probe:
                 every_steps=wanted["save_every_steps"],
                 every_seconds=0.0,
                 keep_last=keep,
+                local_dir="",  # What is certified is what all steps come from in the end.
             ),
             eval=dataclasses.replace(spec.eval, every_steps=wanted["eval_every_steps"]),
         )
