@@ -15,6 +15,7 @@ from launch import contract, rundir
 from launch.contract import utc
 from launch.events import Interrupted, Retry, Verdict
 from launch.spec import ConfigError
+from launch.times import seconds_of
 
 
 class InUseError(ConfigError):
@@ -68,6 +69,7 @@ class RunDir:
         record = rundir.read_record(self.path / contract.RUN_RECORD) or {}
         self.run_id = record.get("id") or f"{time.strftime('%Y%m%d')}-{os.urandom(3).hex()}"
         self.created_at = record.get("created_at") or utc(time.time())
+        self._newest: Attempt | None = None  # Of those that this process has opened.
         self.write_owner()
 
     def write_owner(self) -> None:
@@ -114,7 +116,9 @@ class RunDir:
         path = rundir.attempt_path(self.path, number)
         path.mkdir(mode=0o700, parents=True)
         (path / contract.STACKS).mkdir(mode=0o700)
-        return Attempt(path, number, hosts, processes_per_host, backend_ids)
+        waited = self._newest.seconds_since_end if self._newest else None
+        self._newest = Attempt(path, number, hosts, processes_per_host, backend_ids, waited)
+        return self._newest
 
     def reopen_attempt(self, number: int) -> Attempt:
         """Go on with an attempt that another controller has left running."""
@@ -149,9 +153,13 @@ class Attempt:
         hosts: list[str],
         processes_per_host: int = 1,
         backend_ids: Sequence[str] = (),
+        waited_seconds: float | None = None,
     ):
         self.path = path
         self.number = number
+        # The wall clock may be set while it runs; how long things took is known all the same.
+        self._began: float | None = time.monotonic()
+        self._ended: float | None = None
         self.process_hosts = [host for host in hosts for _ in range(processes_per_host)]
         self._record: dict[str, Any] = {
             "schema": contract.SCHEMA,
@@ -164,6 +172,8 @@ class Attempt:
             "last_step": None,
             "started_at": utc(time.time()),
             "ended_at": None,
+            "waited_seconds": waited_seconds,
+            "wall_seconds": None,
             "hosts": hosts,
             "num_processes": self.num_processes,
             "backend_ids": list(backend_ids),
@@ -179,12 +189,18 @@ class Attempt:
         each = record["num_processes"] // len(hosts)
         attempt.process_hosts = [host for host in hosts for _ in range(each)]
         attempt._record = dict(record)
+        attempt._began = attempt._ended = None
         return attempt
 
     @property
     def num_processes(self) -> int:
         """Members of the gang."""
         return len(self.process_hosts)
+
+    @property
+    def seconds_since_end(self) -> float | None:
+        """By a steady clock; None as long as it has not been closed."""
+        return None if self._ended is None else round(time.monotonic() - self._ended, 3)
 
     def recorded(self, name: str) -> Any:
         """A field of its record; None if it has none."""
@@ -221,6 +237,8 @@ class Attempt:
         if heard_step is not None and heard_step > (reached["last_step"] or 0):
             reached["last_step"] = heard_step
         self._record.pop("notice", None)
+        self._ended = time.monotonic()
+        wall_seconds = None if self._began is None else round(self._ended - self._began, 3)
         self.write(
             cause=verdict.cause,
             exit_code=verdict.exit_code,
@@ -240,6 +258,7 @@ class Attempt:
             collateral=list(verdict.collateral),
             retry=dataclasses.asdict(retry),
             ended_at=utc(time.time()),
+            wall_seconds=wall_seconds,
             **reached,
         )
 
@@ -267,9 +286,17 @@ def _close_abandoned(attempt: Path, how: Mapping[str, Any]) -> bool:
     record.update(
         **(how or killed),
         ended_at=max(ends, default=record.get("started_at")),
+        wall_seconds=_longest_life(exits),
         **rundir.steps_reached(attempt),
     )
     # What the controller knew and could not bring to an end.
     record.update(record.pop("notice", None) or {})
     rundir.write_private(attempt / rundir.ATTEMPT_RECORD, record)
     return True
+
+
+def _longest_life(exits: Sequence[Mapping[str, Any]]) -> float | None:
+    """By the agents' clocks: the launcher's may have been set meanwhile."""
+    times = [(seconds_of(end.get("started_at")), seconds_of(end.get("ended_at"))) for end in exits]
+    lives = [ended - started for started, ended in times if started and ended]
+    return max(0.0, *lives) if lives else None

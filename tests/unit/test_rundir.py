@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import stat
+import time
 
 import pytest
 
 from launch import contract, ownership, rundir
+from launch.events import Retry, Verdict
 from launch.spec import ConfigError
 
 
@@ -54,6 +56,26 @@ def test_an_attempt_without_an_end_is_closed_by_the_next_one(tmp_path):
     assert (record["cause"], record["ended_at"]) == ("killed", "2030-01-01T00:00:00Z")
     assert (record["first_step"], record["last_step"]) == (4, 9)
     assert (second.number, rundir.attempt_numbers(run.path)) == (1, [0, 1])
+    run.release()
+
+
+def test_how_long_it_all_took_does_not_depend_on_the_wall_clock(tmp_path, monkeypatch):
+    run = ownership.RunDir(tmp_path / "run")
+    first = run.new_attempt(["local0"])
+    monkeypatch.setattr(time, "time", lambda: 1e9)  # Set back by decades.
+    first.close(Verdict("killed", 1), Retry(True))
+    second = run.new_attempt(["local0"])
+    ends = [("2030-01-01T00:00:00Z", "2030-01-01T00:00:05Z"), (None, "2030-01-01T00:00:09Z")]
+    for number, (started, ended) in enumerate(ends):
+        rundir.log_path(second.path, number).touch()
+        record = {"started_at": started, "ended_at": ended}
+        rundir.exit_path(second.path, number).write_text(json.dumps(record))
+    run.close_abandoned()
+    records = [rundir.attempt_record(run.path, number) for number in range(2)]
+    assert 0 <= records[0]["wall_seconds"] < 60
+    assert 0 <= records[1]["waited_seconds"] < 60
+    assert records[0]["waited_seconds"] is None
+    assert records[1]["wall_seconds"] == 5.0
     run.release()
 
 
