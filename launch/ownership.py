@@ -117,7 +117,9 @@ class RunDir:
         path.mkdir(mode=0o700, parents=True)
         (path / contract.STACKS).mkdir(mode=0o700)
         waited = self._newest.seconds_since_end if self._newest else None
-        self._newest = Attempt(path, number, hosts, processes_per_host, backend_ids, waited)
+        self._newest = Attempt(
+            path, number, hosts, processes_per_host, backend_ids, waited_seconds=waited
+        )
         return self._newest
 
     def reopen_attempt(self, number: int) -> Attempt:
@@ -153,6 +155,7 @@ class Attempt:
         hosts: list[str],
         processes_per_host: int = 1,
         backend_ids: Sequence[str] = (),
+        *,
         waited_seconds: float | None = None,
     ):
         self.path = path
