@@ -293,6 +293,10 @@ def write_atomically(path: str | os.PathLike[str], text: str, mode: int = 0o666)
     # The process id keeps two writers of one path from meeting in the temporary file.
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with open(fd, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    try:
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)  # On a full disk, half of it.
+        raise

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 from collections.abc import Callable
 
 from launch import contract
 from tests.testing.chaos import task
-from tests.testing.chaos.schedule import START_PHASES, Fault
+from tests.testing.chaos.schedule import NUM_PROCESSES, START_PHASES, Fault
 from tests.testing.chaos.world import Victim, World, variable_of
 
 _FELT_SECONDS = 10.0  # For so long a disk is full if nobody minds.
@@ -90,7 +91,10 @@ class Deliverer:
             return new and bool(phase) and late
         if max(step, self._world.progress(1 - fault.process)[0]) < fault.step:
             return False
-        return fault.when != "saving" or self._world.saving()
+        if fault.when == "saving" and not self._world.saving():
+            return False
+        # What is there of a gang that is gone was reported before, and nothing can befall it.
+        return all(self._world.pid_of("process", process) for process in range(NUM_PROCESSES))
 
     # ------------------------------------------------------------------ signals
 
@@ -106,6 +110,15 @@ class Deliverer:
         if who == "process":
             attempt = int(variable_of(pid, contract.ATTEMPT) or attempt)
         return victim, Delivery(fault, (attempt, attempt), *world.progress(fault.process))
+
+    def _gang(self) -> list[Victim]:
+        """All processes that there are now."""
+        found = []
+        for process in range(NUM_PROCESSES):
+            pid = self._world.pid_of("process", process)
+            with contextlib.suppress(ProcessLookupError):
+                found += [Victim(pid)] if pid else []
+        return found
 
     def _end(self, fault: Fault, who: str, number: signal.Signals) -> Delivery:
         while True:
@@ -148,16 +161,20 @@ class Deliverer:
         world = self._world
         world.wait(lambda: not self._disk_busy, "end of the fault of the disk before")
         attempt, ended = world.attempt, len(world.ended)
+        gang = self._gang()
         done = Delivery(fault, (attempt, attempt), *world.progress(fault.process), felt=False)
         disturb()
         self._disk_busy = True
         limit = world.now() + _FELT_SECONDS
 
         def felt() -> bool:
-            done.felt = world.attempt != attempt or len(world.ended) > ended
+            died = any(victim.ended for victim in gang)
+            done.felt = died or world.attempt != attempt or len(world.ended) > ended
             return done.felt or world.now() > limit
 
         world.wait(felt, "effect of a disturbed disk")
+        for victim in gang:
+            victim.close()
 
         def end() -> None:
             mend()

@@ -23,11 +23,13 @@ _CAUSES = {
     "kill launcher": ("killed",),
     # Before there is a gang that could agree on a step, the signal does what it does.
     "ask process to stop": ("preempted", "killed"),
-    "ask agent to stop": ("host_lost",),
+    # Where there was time for it, they saved.
+    "ask agent to stop": ("host_lost", "preempted"),
     "ask launcher to stop": ("stopped",),
     "freeze process": ("hang",),
-    "disk full": ("exception",),
-    "read-only": ("exception",),
+    # The latter if it is still so when the next attempt looks whether it can save.
+    "disk full": ("exception", "config"),
+    "read-only": ("exception", "config"),
 }
 # Orbax 0.12.8 gives a save up when the wall clock, not a steady one, says that its time is over.
 _SAVE_TIMEOUT_SECONDS, _SAVE_TIMED_OUT = 600, "timed out after"
