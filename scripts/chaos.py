@@ -73,7 +73,7 @@ def as_text(trial: driver.Trial) -> str:
     )
     lines.append(
         f"steps: {trial.steps}, {trial.steps_lost} done again; {trial.seconds:.0f} s, without "
-        f"faults {trial.reference_seconds:.0f} s"
+        f"faults {trial.reference_seconds:.0f} s; {trial.cpu_seconds:.0f} s of CPU for both"
     )
     shares = trial.goodput.get("shares") or {}
     parts = ", ".join(f"{part} {share:.1%}" for part, share in shares.items() if share > 0.0005)

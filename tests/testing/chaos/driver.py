@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,7 @@ class Trial:
       starts: of `muster run`.
       steps, steps_lost: of the run; those done again.
       reference_seconds, seconds: of the run without and with faults.
+      cpu_seconds: of all processes of both, which a busy machine does not change much.
       goodput: the run's own record of its time (`muster status --json`).
     """
 
@@ -48,6 +50,7 @@ class Trial:
     steps_lost: int
     reference_seconds: float
     seconds: float
+    cpu_seconds: float
     goodput: dict[str, Any]
 
 
@@ -92,6 +95,7 @@ def run_trial(
             steps_lost=judge.steps_lost(world.run),
             reference_seconds=reference_seconds,
             seconds=seconds,
+            cpu_seconds=_cpu_seconds(),
             goodput=_goodput(world),
         )
     finally:
@@ -126,6 +130,12 @@ def _deliver_all(
         seconds = time.monotonic() - began
         tell(f"{seconds:6.1f} s  attempt {done.attempts[0]}, {done.phase}: {fault}")
     world.finish()
+
+
+def _cpu_seconds() -> float:
+    """Of everything that this process has started and seen the end of, and what that has."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _goodput(world: World) -> dict[str, Any]:
