@@ -69,6 +69,26 @@ def test_an_exception_is_told_before_the_process_ends_and_recorded_with_its_trac
         assert agent.wait_for("exited")["told_at"] <= agent.wait_for("exited")["time"]
 
 
+def test_an_exception_is_told_also_where_its_record_cannot_be_written(tmp_path):
+    program = """
+        import atexit, os, time
+        from launch.contract import report_progress
+        os.environ["MUSTER_FAILURE_FILE"] = "/no/such/folder/failure.json"
+        report_progress(7, "data")
+        atexit.register(time.sleep, 600)
+        raise OSError(28, "No space left on device")
+    """
+    with owner(tmp_path, program) as agent:
+        failure = agent.wait_for("raised")["failure"]
+        assert (failure["type"], failure["message"]) == (
+            "OSError",
+            "[Errno 28] No space left on device",
+        )
+        agent.tell("kill")
+        (record,) = agent.end()
+        assert (record["exception"], record["phase"]) == (failure, "exit")
+
+
 def test_progress_is_told_once_with_the_time_of_its_change(tmp_path):
     program = """
         import time

@@ -13,8 +13,8 @@ from tests.testing.chaos.schedule import NUM_PROCESSES, START_PHASES, Fault
 from tests.testing.chaos.world import Victim, World, variable_of
 
 _FELT_SECONDS = 10.0  # For so long a disk is full if nobody minds.
-_AHEAD = 20  # Batches that may be read beyond the step of a fault that is still to come,
-_FAR_AHEAD = 40  # and beyond one that has come.
+_AHEAD = 20  # Batches that may be read beyond a fault's step.
+_STEP_SECONDS = 0.25  # A gang that is asked to stop agrees on a step, which it must reach.
 _SIGNALS = {"kill": signal.SIGKILL, "ask": signal.SIGTERM}
 
 
@@ -55,8 +55,6 @@ class Deliverer:
         world = self._world
         self._open_gate(fault.step + _AHEAD)
         world.wait(lambda: self._due(fault), f"moment for {fault}")
-        # Nobody may be kept from ending by data that the schedule holds back.
-        self._open_gate(fault.step + _FAR_AHEAD)
         kind, _, rest = fault.kind.partition(" ")
         if kind in _SIGNALS:
             done = self._end(fault, rest.split()[0], _SIGNALS[kind])
@@ -126,7 +124,16 @@ class Deliverer:
             if victim.send(number):
                 break
             victim.close()
-        self._world.wait(lambda: victim.ended, f"end of {victim.pid} after {fault}")
+        next_at = self._world.now() + _STEP_SECONDS
+
+        def ended() -> bool:
+            nonlocal next_at
+            if number == signal.SIGTERM and self._world.now() > next_at:
+                next_at += _STEP_SECONDS
+                self._open_gate(self._gate + 1)
+            return victim.ended
+
+        self._world.wait(ended, f"end of {victim.pid} after {fault}")
         victim.close()
         return done
 
