@@ -8,19 +8,19 @@ from collections.abc import Sequence
 
 # Kind of a fault -> its share of 50.
 SHARES = {
-    "kill process": 7,
+    "kill process": 5,
     "kill agent": 2,
     "kill launcher": 2,
-    "ask process to stop": 3,
+    "ask process to stop": 2,
     "ask agent to stop": 1,
     "ask launcher to stop": 1,
     "freeze process": 1,  # For ever: the launcher has to find it.
-    "pause process": 8,
-    "pause agent": 4,
-    "pause launcher": 3,
-    "disk full": 3,
-    "read-only": 3,
-    "slow data": 6,
+    "pause process": 10,
+    "pause agent": 5,
+    "pause launcher": 4,
+    "disk full": 2,
+    "read-only": 2,
+    "slow data": 7,
     "clock jump": 6,
 }
 NEEDS_MOUNTS = ("disk full", "read-only")
