@@ -12,7 +12,7 @@ from launch.agent.processes import die_with_parent
 from tests.testing.chaos import schedule
 from tests.testing.gangs import ROOT, environment
 
-FAULTS, SEED = 50, 8
+FAULTS, SEED = 50, 7
 TIMEOUT_SECONDS = 1500  # Against hanging only: 2 minutes on a machine that does nothing else.
 
 
