@@ -77,7 +77,8 @@ def as_text(trial: driver.Trial) -> str:
     )
     shares = trial.goodput.get("shares") or {}
     parts = ", ".join(f"{part} {share:.1%}" for part, share in shares.items() if share > 0.0005)
-    lines.append(f"goodput: {trial.goodput.get('goodput', 0.0):.1%} ({parts})")
+    share, recorded = (trial.goodput.get(name) or 0.0 for name in ("goodput", "wall_seconds"))
+    lines.append(f"goodput: {share:.1%} of {recorded:.0f} s on record ({parts})")
     lines += [f"wrong: {problem}" for problem in trial.wrong]
     same = "bit for bit the run without faults"
     lines.append(f"verdict: {'FAILED' if trial.wrong else same}")

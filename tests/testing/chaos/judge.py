@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -52,24 +53,23 @@ def differences(reference: Path, run: Path, num_steps: int) -> list[str]:
     if int(states[1]["model.seen"]) != expected:
         found.append("rows: not those of the data in their order")
     metrics = [_metrics(path) for path in (reference, run)]
-    for line in metrics:
-        if list(line) != list(range(1, num_steps + 1)):
-            found.append(f"metrics: {len(line)} steps from {min(line)} to {max(line)}")
-    for step in metrics[0].keys() & metrics[1].keys():
-        if metrics[0][step] != metrics[1][step]:
-            found.append(f"metrics of step {step}: {metrics[0][step]} and {metrics[1][step]}")
+    for lines in metrics:
+        if [step for step, *_ in lines] != list(range(1, num_steps + 1)):
+            found.append(f"metrics: {len(lines)} steps, from {lines[0][0]} to {lines[-1][0]}")
+    for first, second in zip(*metrics, strict=False):
+        if first != second:
+            found.append(f"metrics: {first} and {second}")
             break
     return found
 
 
-def _metrics(run: Path) -> dict[int, tuple[Any, ...]]:
-    """Step -> what must not differ; a step that is there twice is one too many."""
-    lines = [
-        json.loads(line) for line in (run / contract.METRICS_FILE).read_text().splitlines() if line
+def _metrics(run: Path) -> list[tuple[Any, ...]]:
+    """The step of each line, and what must not differ there."""
+    lines = (run / contract.METRICS_FILE).read_text().splitlines()
+    return [
+        tuple(line[name] for name in ("step", *_COMPARED_METRICS))
+        for line in map(json.loads, lines)
     ]
-    steps = [line["step"] for line in lines]
-    assert len(steps) == len(set(steps)), "metrics.jsonl has a step twice"
-    return {line["step"]: tuple(line[name] for name in _COMPARED_METRICS) for line in lines}
 
 
 def torn_records(run: Path) -> list[str]:
@@ -90,8 +90,14 @@ def torn_records(run: Path) -> list[str]:
 def wrong_ends(world: World, deliveries: Sequence[Delivery]) -> list[str]:
     """What no fault explains: ends of attempts and of `muster run`; records that are not whole."""
     wrong = wrong_causes(world.records(), deliveries)
+    came = collections.Counter(delivery.fault.kind for delivery in deliveries)
+    # Asked while Python was still starting, it just ends.
+    ours = {-9: came["kill launcher"], contract.EXIT_RESUMABLE: came["ask launcher to stop"]}
     for end in world.ended:
-        if not explained(end.code, end.attempt, deliveries):
+        code = contract.EXIT_RESUMABLE if end.code == -15 else end.code
+        if ours.get(code, 0) > 0:
+            ours[code] -= 1
+        elif not any(_met(d, end.attempt) for d in deliveries if d.fault.kind in NEEDS_MOUNTS):
             wrong.append(f"muster run ended with {end.code}: {end.last_words[-600:]}")
     wrong += [f"left running: process {pid}" for pid in members_of(world.run)]
     return wrong + [f"torn: {name}" for name in torn_records(world.run)]
@@ -102,11 +108,7 @@ def wrong_causes(records: Sequence[Mapping[str, Any]], deliveries: Sequence[Deli
     wrong = []
     for record in records[:-1]:
         number, cause = record["attempt"], record.get("cause")
-        met = [
-            d
-            for d in deliveries
-            if d.fault.kind in _CAUSES and d.attempts[0] <= number <= d.attempts[1]
-        ]
+        met = [d for d in deliveries if d.fault.kind in _CAUSES and _met(d, number)]
         said = f"attempt {number}: {cause}, process {record.get('guilty_process')}"
         said += f", host {record.get('guilty_host')}: {record.get('message')}"
         if not met and _of_the_clock(record, deliveries):
@@ -122,11 +124,7 @@ def wrong_causes(records: Sequence[Mapping[str, Any]], deliveries: Sequence[Deli
 
 def _of_the_clock(record: Mapping[str, Any], deliveries: Iterable[Delivery]) -> bool:
     """Whether a save was given up because the clock jumped."""
-    jumps = [
-        d.fault.jump_seconds
-        for d in deliveries
-        if d.attempts[0] <= record["attempt"] <= d.attempts[1]
-    ]
+    jumps = [d.fault.jump_seconds for d in deliveries if _met(d, record["attempt"])]
     return max(jumps, default=0) > _SAVE_TIMEOUT_SECONDS and _SAVE_TIMED_OUT in record["message"]
 
 
@@ -139,18 +137,9 @@ def _right_guilty(record: Mapping[str, Any], delivery: Delivery) -> bool:
     return True
 
 
-def explained(code: int, attempt: int, deliveries: Iterable[Delivery]) -> bool:
-    """Whether `muster run` may have ended so: it was killed or asked, or a disk was none."""
-    for delivery in deliveries:
-        kind = delivery.fault.kind
-        if kind == "kill launcher" and code == -9:
-            return True
-        # Asked while Python was still starting, it just ends.
-        if kind == "ask launcher to stop" and code in (contract.EXIT_RESUMABLE, -15):
-            return True
-        if kind in NEEDS_MOUNTS and delivery.attempts[0] <= attempt <= delivery.attempts[1]:
-            return True
-    return False
+def _met(delivery: Delivery, attempt: int) -> bool:
+    """Whether an attempt can have met a fault."""
+    return delivery.attempts[0] <= attempt <= delivery.attempts[1]
 
 
 def steps_lost(run: Path) -> int:
