@@ -34,6 +34,7 @@ setup(
         "tpu": ["jax[tpu]", *GCS],
         "plan": ["jax[tpu]"],  # The compiler alone, for `muster plan` where there is no TPU.
         "cuda": ["jax[cuda13]"],
+        "export": ["safetensors>=0.7.0"],  # For `muster checkpoints RUN export`.
         "test": [
             "pytest>=8.4",
             "pytest-timeout>=2.4",
@@ -43,6 +44,7 @@ setup(
             "mypy",
             "scikit-learn>=1.8",  # configs/digits.py trains on its digits.
             "torch>=2.13.0",
+            "safetensors>=0.7.0",
             "jax[tpu]",  # tests/plan compile for TPUs.
             *GCS,
         ],

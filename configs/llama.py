@@ -35,6 +35,7 @@ def training(num_steps: int, global_batch_size: int, peak_rate: float) -> Config
     config.data.eval_path = "gs://BUCKET/tokens/eval*.array_record"
     config.data.dtype = "uint32"  # of a token in the files: 128,256 ids do not fit in 16 bits
     config.data.seq_len = 4096  # tokens predicted per sequence
+    config.data.packing = False  # True: records are documents of any length; see docs/data.md
 
     # Optax's own names, applied in this order; each section holds the arguments of optax.NAME.
     config.optimizer = ConfigDict()

@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     config.data.pattern = "*.py"
     config.data.exclude = ("site-packages",)  # directories to leave out
     config.data.seq_len = 128  # bytes predicted per sequence
+    config.data.packing = False  # True: whole files side by side, which do not see each other
 
     # Optax's own names, applied in this order; each section holds the arguments of optax.NAME.
     config.optimizer = ConfigDict()

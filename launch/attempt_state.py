@@ -248,7 +248,7 @@ class AttemptState:
             self.case.suspect = hang.deserter(self.case)
         self.case.stopped_at = now
         self._enter(_Stage.STOPPING, now + grace_seconds if self.case.running else None)
-        return [Stop(reason)] if self.case.running else []
+        return [Stop(reason, grace_seconds)] if self.case.running else []
 
     def _kill(self, now: float, reason: str) -> list[Action]:
         if self._stage is _Stage.KILLED:

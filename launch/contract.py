@@ -36,6 +36,7 @@ DEVICES_PER_PROCESS = "MUSTER_DEVICES_PER_PROCESS"
 PROGRESS_FILE = "MUSTER_PROGRESS_FILE"
 FAILURE_FILE = "MUSTER_FAILURE_FILE"  # where a process says which exception ends it
 STACKS_FILE = "MUSTER_STACKS_FILE"  # where its Python stacks are written when they are asked for
+DEADLINE_FILE = "MUSTER_DEADLINE_FILE"  # says when a process that was told to stop is killed
 STORAGE_DIR = "MUSTER_STORAGE_DIR"  # where a run on machines that come and go keeps what lasts
 
 # What a process may say it is doing, in the order in which a step goes through it; `exit` is said
@@ -69,9 +70,11 @@ LEDGER_RECORD = "ledger.json"
 PLAN_RECORD = "plan.json"  # what the step needs on a cluster (trainer.plan), and the same as text
 PLAN_TEXT = "plan.txt"
 CHECKPOINTS = "checkpoints"
+DATA_INDEX = "data"  # Indices of the data: what a filter keeps, which documents share a row.
 ATTEMPTS = "attempts"
 STACKS = "stacks"  # in an attempt's directory
 LIVE_RECORD = "live.json"  # how the gang stands, while there is one
+CHANGES = "changes.jsonl"  # what was changed in the middle of a run, and after which step
 STOP_REQUEST = "stop.json"  # from `muster stop` to whoever runs the gang
 CONTROLLER_LOG = "controller.log"  # what `muster run --detach` says
 
@@ -249,6 +252,31 @@ def report_exit() -> None:
         return  # It never reported, or in a form of its own.
 
 
+def record_deadline(path: str, seconds: float) -> None:
+    """Say when a process is killed that is about to be told to stop.
+
+    Args:
+      path: what its DEADLINE_FILE names, on its own host.
+      seconds: from now.
+    """
+    record = {"schema": SCHEMA, "monotonic": time.monotonic() + seconds, "seconds": seconds}
+    write_atomically(path, json.dumps(record))
+
+
+def deadline() -> tuple[float, float] | None:
+    """When this process is killed, if it was told to stop and its launcher has said so.
+
+    Returns:
+      The time on `time.monotonic()`, and how many seconds there were in all.
+    """
+    try:
+        with open(os.environ.get(DEADLINE_FILE, ""), encoding="utf-8") as file:
+            record = json.load(file)
+        return float(record["monotonic"]), float(record["seconds"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def record_failure(error: BaseException, accuses: Sequence[int] = ()) -> None:
     """Tell the launcher which exception ends this process. Does nothing outside of a gang.
 
@@ -315,5 +343,6 @@ def write_atomically(path: str | os.PathLike[str], text: str, mode: int = 0o666)
             file.write(text)
         os.replace(temporary, path)
     except OSError:
-        os.unlink(temporary)  # On a full disk, half of it.
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)  # On a full disk, half of it.
         raise

@@ -287,7 +287,9 @@ class Controller:
 
     def _stop(self, action: Stop | Kill, asked: bool) -> None:
         command = "stop" if isinstance(action, Stop) else "kill"
-        self._gang.tell(command)
+        self._gang.tell(
+            command, **({"seconds": action.seconds} if isinstance(action, Stop) else {})
+        )
         if asked and command == "stop":
             self._console.say("muster: stopping; once more to kill at once")
         elif command == "kill" and "asked" in self._told:

@@ -191,9 +191,14 @@ class TakeStacks:
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """Send SIGTERM to every process group; `reason` is for the user."""
+    """Send SIGTERM to every process group; `reason` is for the user.
+
+    Attributes:
+      seconds: how long until what is left is killed.
+    """
 
     reason: str
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)

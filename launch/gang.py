@@ -105,10 +105,10 @@ class Gang:
         links = [link for link in self._links if link.host == host]
         return [event for link in links for event in self._ended(link, at=now)]
 
-    def tell(self, command: str) -> None:
-        """Give all agents a command."""
+    def tell(self, command: str, **what: Any) -> None:
+        """Give all agents a command, and what belongs to it."""
         for link in self._links:
-            link.send({"command": command})
+            link.send({"command": command, **what})
 
     def let_go(self) -> None:
         """After an error of our own: the agents see the end of input and stop by themselves."""

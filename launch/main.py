@@ -27,6 +27,12 @@ Muster starts one program on many processes, keeps them together and says what b
       attempts, causes, who is to blame, steps, and what every process does now
   muster logs RUN [--follow] [--process=K|all] [--attempt=K]
       processes' output, process 0's of the newest attempt by default
+  muster checkpoints RUN [--json]
+      steps with size, age and condition, and which of them a resume would take
+  muster checkpoints RUN verify [STEP|all ...] | delete STEP... | copy STEP DIR |
+                         export STEP FILE.safetensors [--ema]
+      compare every byte with its checksum; delete, but never the only good one; copy to where
+      another run can resume or start; params (or their averages) for other programs
   muster stop RUN
       have a run saved and stopped, from wherever its directory is seen; again to kill it at once
 
@@ -45,6 +51,10 @@ flags of run:
   --process=all|K           show every process's lines, or process K's instead of the lead's
   --dry_run                 print the commands and their environment, start nothing
   --skip_plan               on TPUs: do not look first whether the training step fits
+  --config.init_from=RUN[@STEP]             a new run begins with the params of another one
+  --config.restore.allow_change=NAME,...    fields, groups, `code` or `versions` that may differ
+                                            from what the run was saved with
+  --config.restore.{skip,only,fresh_optimizer,rename}=...   for a state that does not fit as it is
 
 flags of plan --search:
   --accelerators=TYPE,...   accelerator types to compare; the cluster's own by default
@@ -70,6 +80,7 @@ _FLAGS: dict[str, dict[str, bool]] = {
     "list": {"json": True, "prune": True},
     "status": {"json": True},
     "logs": {"process": False, "attempt": False, "follow": True},
+    "checkpoints": {"json": True, "ema": True},
     "stop": {},
     "gc": {"dry_run": True},
     "doctor": {"workdir": False, "wait": False},
@@ -135,6 +146,10 @@ def _dispatch(argv: list[str]) -> int:
         from launch.listing import list_runs
 
         return list_runs(flags)
+    if command == "checkpoints":
+        from launch.checkpoints import checkpoints
+
+        return checkpoints(arguments, flags)
     if len(arguments) != 1:
         raise ConfigError("", f"muster {command} takes one RUN, see `muster list`; got {arguments}")
     return _look_at(command)(arguments[0], flags)

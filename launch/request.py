@@ -12,7 +12,16 @@ from typing import Any
 
 from launch import command as commands
 from launch.program import Program, shown_command, trainer_program, without_secrets
-from launch.spec import Cluster, ConfigError, cluster_spec, load_config, plain, train_spec
+from launch.spec import (
+    Cluster,
+    ConfigError,
+    LoadedConfig,
+    add_override,
+    cluster_spec,
+    load_config,
+    plain,
+    train_spec,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +85,7 @@ def make_request(argv: Sequence[str], flags: Mapping[str, str], command: Sequenc
     if foreign:
         program = Program(tuple(foreign))
     else:
+        from_config = _with_init_from(from_config)
         check_config(from_config.config, cluster)
         program = trainer_program(from_config.source, from_config.overrides, workdir, cluster.env)
     shown, prefixed = _shown(flags.get("process"), cluster.num_processes)
@@ -91,6 +101,29 @@ def make_request(argv: Sequence[str], flags: Mapping[str, str], command: Sequenc
         sources=(*from_config.words("config"), *from_cluster.words("cluster")),
         skip_plan="skip_plan" in flags,
     )
+
+
+def _with_init_from(loaded: LoadedConfig) -> LoadedConfig:
+    """A run's name in `config.init_from` as its directory: the processes know no names.
+
+    Raises:
+      ConfigError: there is no such run.
+    """
+    source = loaded.config.get("init_from", "")
+    if not isinstance(source, str) or not source or source.startswith("gs://"):
+        return loaded
+    from launch import registry
+
+    run, at, step = source.rpartition("@")
+    if not at or not step.isdigit():
+        run, at, step = source, "", ""
+    path = Path(run).expanduser().absolute()
+    if not path.exists():
+        try:
+            path = registry.find(run)
+        except ConfigError as error:
+            raise ConfigError("config.init_from", error.rule, source) from None
+    return add_override(loaded, f"--config.init_from={path}{at}{step}")
 
 
 def _check_url(url: str, cluster: Cluster) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import contract
-from launch.spec import check_same_run
+from launch.spec import RestoreSpec, build, compare_configs, resume
 
 LOCK_FILE = "lock"
 ATTEMPT_RECORD = "attempt.json"
@@ -20,10 +20,43 @@ ATTEMPT_RECORD = "attempt.json"
 def check_config(run: Path, config: Any) -> None:
     """Refuse a config that would make another run of what the directory holds.
 
+    The trainer judges by the step that it takes, which may be an older one; this is said before
+    anything starts.
+
     Raises:
-      ConfigError: lists the fields that differ.
+      ConfigError: lists the fields that differ, and the flag that allows them.
     """
-    check_same_run(str(run), read_record(run / contract.CONFIG_RECORD), config)
+    step, before = _stored_config(run)
+    if before is None:
+        return
+    allow = build(RestoreSpec, config.get("restore", {}), "config.restore").allow_change
+    earlier = [] if step is None else resume.changes_at(changes(run), step)
+    judged = resume.judge(compare_configs(before, config), allow, earlier)
+    resume.check_names(allow, before, config, judged.refused)
+    resume.refuse(str(run), judged)
+
+
+def _stored_config(run: Path) -> tuple[int | None, dict[str, Any] | None]:
+    """The newest step and the config that it was saved with; the config on record where the steps
+    are not here."""
+    folder = run / contract.CHECKPOINTS
+    try:
+        steps = sorted((int(name) for name in os.listdir(folder) if name.isdigit()), reverse=True)
+    except OSError:
+        return None, read_record(run / contract.CONFIG_RECORD)
+    for step in steps:
+        meta = read_record(folder / str(step) / "meta" / "metadata") or {}
+        if isinstance(meta.get("config"), dict):
+            return step, meta["config"]
+    return None, None  # Nothing was saved yet that a config could contradict.
+
+
+def changes(run: Path) -> list[dict[str, Any]]:
+    """What was changed in the middle of the run, and after which step."""
+    try:
+        return resume.parse_changes((run / contract.CHANGES).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return []
 
 
 def attempt_path(run: Path, number: int) -> Path:
@@ -67,6 +100,11 @@ def failure_path(attempt: Path, process_id: int) -> Path:
 def agent_log_path(attempt: Path, host: str) -> Path:
     """Where a host's agent complains."""
     return attempt / f"agent-{host}.log"
+
+
+def deadline_path(attempt: Path, process_id: int) -> Path:
+    """When a process that is told to stop will be killed (contract.record_deadline)."""
+    return attempt / f"process-{process_id:05d}.deadline.json"
 
 
 def stacks_path(attempt: Path, process_id: int) -> Path:

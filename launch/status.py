@@ -74,6 +74,7 @@ def status_report(path: Path, now: float | None = None) -> dict[str, Any]:
         "job": _job_report(path, stands),
         "machines": ledger.report(path, _price(record), now),
         "stop_request": None if asked is None else {**vars(asked)},
+        "changes": rundir.changes(path),
         "goodput": None if spent is None else _goodput_report(spent),
         "attempts": attempts,
     }

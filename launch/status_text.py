@@ -57,6 +57,8 @@ def _header(report: Mapping[str, Any], now: float, width: int) -> list[str]:
         rows["job"] = f"SLURM job {report['job']['id']}"
     if report["machines"]:
         rows |= machine_rows(report["machines"], now)
+    if report["changes"]:
+        rows["changed"] = _changes(report["changes"])
     owner = report["owner"]
     if owner:
         rows["owner"] = f"process id {owner.get('pid')} on {owner.get('host')}"
@@ -83,6 +85,25 @@ def _header(report: Mapping[str, Any], now: float, width: int) -> list[str]:
             )
         ),
     ]
+
+
+def _changes(records: Sequence[Mapping[str, Any]]) -> str:
+    """`after step 10: config.seed 0 -> 1; at step 0: params of step 20 of /runs/a`."""
+    told = []
+    for record in records:
+        parts = [
+            change["field"]
+            if str(change["field"]).startswith("code.")
+            else f"{change['field']} {change['old']!r} -> {change['new']!r}"
+            for change in record.get("changes") or ()
+        ]
+        if record.get("restore"):
+            parts.append("restored in part")
+        source = record.get("init_from")
+        if source:
+            parts.append(f"params of step {source['step']} of {source['directory']}")
+        told.append(f"after step {record.get('step')}: {', '.join(parts)}")
+    return "; ".join(told)
 
 
 def state_in_words(report: Mapping[str, Any], now: float) -> str:

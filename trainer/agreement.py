@@ -49,14 +49,19 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def _client() -> Any:
+def client() -> Any:
+    """The client of the gang's coordination service.
+
+    Raises:
+      RuntimeError: this process is in no gang.
+    """
     # JAX has no public door to its key-value store (seen in jax 0.10.2); drop this when it has.
     from jax._src import distributed
 
-    client = distributed.global_state.client
-    if client is None:
+    found = distributed.global_state.client
+    if found is None:
         raise RuntimeError("trainer.distributed.initialize was not called on this process")
-    return client
+    return found
 
 
 def broadcast(name: str, value: Any, timeout_seconds: float = 300.0) -> Any:
@@ -80,10 +85,9 @@ def broadcast(name: str, value: Any, timeout_seconds: float = 300.0) -> Any:
 
 
 def _broadcast(key: str, name: str, value: Any, timeout_seconds: float) -> Any:
-    client = _client()
     if is_lead():
         own = json.dumps(value)
-        client.key_value_set(key, own)
+        client().key_value_set(key, own)
         _forget(key)
         return json.loads(own)
     text = _get(key, timeout_seconds)
@@ -143,7 +147,7 @@ def settle(
         if not answer["missing"]:
             answer["value"] = judge([json.loads(text) for text in texts if text is not None])
     else:
-        _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+        client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
         _forget(f"{key}/{jax.process_index()}", place=-2)
     # The lead speaks by its own deadline; the others wait a little longer to hear it.
     answer = _broadcast(f"{key}/all", name, answer, timeout_seconds + 10.0)
@@ -170,7 +174,7 @@ def barrier(name: str, timeout_seconds: float = 300.0) -> None:
 def _get(key: str, timeout_seconds: float) -> str | None:
     """A key's value, waited for; None when the time is over."""
     try:
-        return _client().blocking_key_value_get(key, max(1, int(timeout_seconds * 1000)))
+        return client().blocking_key_value_get(key, max(1, int(timeout_seconds * 1000)))
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
@@ -184,4 +188,4 @@ def _forget(key: str, place: int = -1) -> None:
         place -= 1
     if int(parts[place]) >= _KEPT_KEYS:
         parts[place] = str(int(parts[place]) - _KEPT_KEYS)
-        _client().key_value_delete("/".join(parts))
+        client().key_value_delete("/".join(parts))

@@ -8,30 +8,38 @@ can make the processes of a gang disagree on where to stop (orbax-checkpoint 0.1
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from launch.spec import CheckpointSpec
-from trainer import checkpoint_choice, checkpoint_directory, checkpoint_format, distributed, storage
+from trainer import (
+    checkpoint_choice,
+    checkpoint_directory,
+    checkpoint_format,
+    checkpoint_seal,
+    device_digest,
+    distributed,
+    storage,
+)
 from trainer.checkpoint_choice import CheckpointError
+from trainer.checkpoint_directory import META, STATE
 from trainer.checkpoint_format import (
-    META,
-    STATE,
-    Restored,
     StateHandler,
-    StateRestore,
     StateSave,
-    compare,
     describe,
 )
+from trainer.checkpoint_read import Plan, Restored, read_step
+from trainer.checkpoints import steps
+from trainer.checkpoints.places import files_of
+from trainer.checksums import DamagedError
 from trainer.save_watch import SaveWatch
 from trainer.snapshot import Snapshot
 
@@ -53,6 +61,7 @@ class Checkpointer:
         spec: CheckpointSpec,
         *,
         config: Mapping[str, Any],
+        record: Mapping[str, Any] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
         save_timeout_seconds: int = 600,
     ):
@@ -62,6 +71,7 @@ class Checkpointer:
           directory: on a file system that all processes share, made if missing; or on GCS.
           spec: when to save and what to keep.
           config: the resolved config, JSON; kept in every step.
+          record: more that is kept in every step, JSON: `code`, `versions`, `params`.
           clock: seconds; only the lead's counts.
           save_timeout_seconds: a save that takes longer has failed.
 
@@ -69,12 +79,13 @@ class Checkpointer:
           ConfigError: the directory cannot be written, or is not the same on all processes.
         """
         self.directory = storage.path(directory)
-        self._files = checkpoint_choice.files_of(self.directory)
+        self._files = files_of(self.directory)
         self._spec = spec
-        self._config = config
+        self._record = {"config": config, **record}
         self._clock = clock
         self._last_time = clock()
         self.last_save_seconds: float | None = None  # From its start until it was on the disk.
+        self._digest_seconds: list[float] = []  # Of every save, waited for the leaves' digests.
         self._newest: int | None = None  # the newest step saved, restored or on its way
         self._good: int | None = None  # the newest step known to be committed
         self._saving: int | None = None
@@ -94,6 +105,10 @@ class Checkpointer:
                 post_finalization_callback=self._write_manifest,
             ),
         )
+
+    def keep(self, **record: Any) -> None:
+        """Keep more in every step from now on, JSON; the same on every process."""
+        self._record |= record
 
     # ---- When to save ----
 
@@ -145,16 +160,17 @@ class Checkpointer:
         return time.perf_counter() - start
 
     def _start(self, step: int, state: State, data_position: Any) -> None:
+        began = time.perf_counter()
+        digests = device_digest.digests(state)
+        self._digest_seconds.append(time.perf_counter() - began)
         state = dict(state) if self._snapshot is None else self._snapshot.take(state)
         meta = {
             "schema": 1,
             "step": step,
             "data_position": data_position,
-            "config": self._config,
             "leaves": {name: describe(array) for name, array in state.items()},
-            "versions": {
-                name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")
-            },
+            "digests": digests,
+            **self._record,
         }
         self._saving = self._newest = step
         self._last_time = self._clock()
@@ -172,6 +188,14 @@ class Checkpointer:
         if self.before_commit is not None:
             self.before_commit()
         checkpoint_format.complete_manifest(self._files.written_path(self._path(self._saving)))
+
+    @property
+    def good_step(self) -> int | None:
+        """The newest step known to be on the disk, whole; it looks, from whatever thread."""
+        saving = self._saving
+        if saving is None or storage.is_remote(self.directory):
+            return self._good
+        return saving if self._path(saving).exists() else self._good
 
     @property
     def saving(self) -> bool:
@@ -237,8 +261,10 @@ class Checkpointer:
 
     def _retain(self) -> None:
         try:
+            checkpoint_seal.write(self._path(self._good))
+            # Only good ones count: damaged or unfinished ones must not push out the last good one.
             drop = checkpoint_directory.steps_to_drop(
-                self._files.steps_in(self.directory),
+                steps.good_steps(self.directory),
                 self._spec.keep_last,
                 self._spec.keep_every_steps,
             )
@@ -256,6 +282,18 @@ class Checkpointer:
             f"{jax.process_index()}: {lines[0][:500]}; {kept}"
         )
 
+    @property
+    def cost(self) -> str:
+        """What the checks have cost this process, in words; "" before the first save."""
+        if not self._digest_seconds:
+            return ""
+        number = len(self._digest_seconds)
+        beside = self._handler.digest_seconds
+        return (
+            f"{number} saved; the loop waited {sum(self._digest_seconds):.2f} s for the leaves' "
+            f"digests, files' checksums took {beside:.2f} s beside it"
+        )
+
     def close(self) -> None:
         """Wait for everything, then let go of Orbax's threads."""
         self.wait()
@@ -263,12 +301,15 @@ class Checkpointer:
 
     # ---- Restoring ----
 
-    def restore(self, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> Restored | None:
+    def restore(
+        self, abstract: Mapping[str, jax.ShapeDtypeStruct], plan: Plan | None = None
+    ) -> Restored | None:
         """Read the newest step that can be used; set those aside that cannot.
 
         Args:
           abstract: dotted name -> shape, dtype and sharding wanted; any mesh, any number of
             processes.
+          plan: which leaves to take from a step; by default all, under their own names.
 
         Returns:
           The checkpoint, or None if the run has never saved one.
@@ -277,24 +318,17 @@ class Checkpointer:
           CheckpointError: there are steps, and none can be used.
           ConfigError: the step's leaves are not those wanted; the text lists them.
         """
-        step = checkpoint_choice.newest_usable(self.directory)
-        if step is None:
-            return None
-        path = self._path(step)
-        meta = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(
-            path / META, args=ocp.args.JsonRestore()
-        )
-        compare(meta["leaves"], abstract, path)
-        wanted = dict(abstract)
-        state = ocp.Checkpointer(self._handler).restore(
-            path / STATE,
-            args=StateRestore(
-                wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
-            ),
-        )
-        self._newest = self._good = step
-        self._last_time = self._clock()
-        return Restored(step, state, meta["data_position"], meta["config"])
+        began = time.perf_counter()
+        while (step := checkpoint_choice.newest_usable(self.directory)) is not None:
+            try:
+                restored = read_step(self._path(step), abstract, plan, began)
+            except DamagedError as error:
+                checkpoint_choice.set_aside(self.directory, step, str(error))
+                continue
+            self._newest = self._good = step
+            self._last_time = self._clock()
+            return restored
+        return None
 
     def _path(self, step: int | None) -> storage.Path:
         return self.directory / str(step)

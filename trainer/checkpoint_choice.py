@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from typing import Any
 
 import jax
 
 from launch.spec import ConfigError
-from trainer import checkpoint_directory, checkpoint_gcs, checksums, distributed, storage
-from trainer.checkpoint_directory import DAMAGED
-from trainer.checkpoint_format import MANIFEST
+from trainer import checksums, distributed, storage
+from trainer.checkpoint_directory import DAMAGED, MANIFEST
+from trainer.checkpoints import verified
+from trainer.checkpoints.leaves import damaged_leaves
+from trainer.checkpoints.places import files_of, reader_of
+from trainer.checkpoints.steps import files_below
+from trainer.checkpoints.verify import leaves_in_words
+
+_MOST_BYTES = 4 * 2**30  # Of a step whose arrays the lead reads, only to name what is damaged.
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or none of those that exist can be read."""
-
-
-def files_of(directory: storage.Path) -> Any:
-    """The functions for what lies in a checkpoint directory, by where it is."""
-    return checkpoint_gcs if storage.is_remote(directory) else checkpoint_directory
 
 
 def probe(directory: storage.Path) -> None:
@@ -72,12 +73,10 @@ def newest_usable(directory: storage.Path) -> int | None:
         had_damaged = files.has_damaged(directory)
     steps, had_damaged = distributed.broadcast("checkpoint/steps", (steps, had_damaged))
     for step in steps:
-        problems = distributed.gather("checkpoint/verify", _problem(directory / str(step)), 3600.0)
-        why = next((problem for problem in problems if problem), None)
+        why = problem_of(directory / str(step))
         if why is None:
             return step
-        if lead:
-            files.set_aside(directory, step, why)
+        set_aside(directory, step, why, name_leaves=True)
     distributed.barrier("checkpoint/set_aside")
     if steps or had_damaged:
         raise CheckpointError(
@@ -88,9 +87,73 @@ def newest_usable(directory: storage.Path) -> int | None:
     return None
 
 
+def newest_usable_of_another(directory: storage.Path, step: int | None) -> int:
+    """The newest step of another run whose checksums hold. Collective. Nothing is changed there.
+
+    Args:
+      directory: of its checkpoints.
+      step: the only one that will do; None for the newest.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    field, where = "config.init_from", str(directory)
+    steps: list[int] = []
+    if distributed.is_lead():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            steps = files_of(directory).steps_in(directory)
+    steps = distributed.broadcast("checkpoint/steps_of_another", steps)
+    if not steps:
+        raise ConfigError(field, "holds no complete checkpoint", where)
+    if step is not None and step not in steps:
+        rule = f"has no step {step}; it has {', '.join(map(str, sorted(steps)))}"
+        raise ConfigError(field, rule, where)
+    wanted = steps if step is None else [step]
+    problems = []
+    for number in wanted:
+        why = problem_of(directory / str(number), noted=False)
+        if why is None:
+            return number
+        problems.append(f"step {number}: {why}")
+        distributed.say(f"warning: {field}: {problems[-1]}")
+    raise ConfigError(field, f"none of its steps can be used: {'; '.join(problems[:3])}", where)
+
+
+def problem_of(step: storage.Path, *, noted: bool = True) -> str | None:
+    """What is wrong with a step's files, or None. Collective; each process reads its share.
+
+    Args:
+      step: its directory.
+      noted: whether to note beside it that it was verified.
+    """
+    problems = distributed.gather("checkpoint/verify", _problem(step), 3600.0)
+    why = next((problem for problem in problems if problem), None)
+    if why is None and noted and distributed.is_lead():
+        verified.note(step.parent, step.name, verified.manifest_of(step), None)
+    return why
+
+
+def set_aside(directory: storage.Path, step: int, why: str, *, name_leaves: bool = False) -> None:
+    """Have the lead move a step that cannot be used out of the way. Collective.
+
+    Args:
+      directory: of the checkpoints.
+      step: its number.
+      why: what is wrong with it.
+      name_leaves: whether to look for the leaves that it hits, if that does not take long.
+    """
+    if distributed.is_lead():
+        place = directory / str(step)
+        if name_leaves and sum(file.bytes for file in files_below(place).values()) < _MOST_BYTES:
+            why = "; ".join(filter(None, [why, leaves_in_words(damaged_leaves(place))]))
+        target = files_of(directory).set_aside(directory, step, why)
+        verified.note(directory, f"{DAMAGED}/{target.name}", verified.manifest_of(target), why)
+    distributed.barrier("checkpoint/set_aside")
+
+
 def _problem(step: storage.Path) -> str | None:
     """What this process finds wrong with its share of a step's files, or None."""
-    reader: Any = checkpoint_gcs if storage.is_remote(step) else checksums
+    reader = reader_of(step)
     try:
         files = reader.read_manifest(step / MANIFEST)
         reader.verify(step, files, jax.process_index(), jax.process_count())

@@ -3,6 +3,7 @@
     checkpoints/20/                       a committed step; its name is its number
     checkpoints/30.orbax-checkpoint-tmp/  a save that was going on, or was cut off
     checkpoints/damaged/20-0/             set aside: never used, never deleted by us
+    checkpoints/verified.json             which steps were read and compared, when, with what result
 
 All functions here touch the disk and are the lead process's alone, except where they say so.
 `checkpoint_gcs` has the same ones for Google Cloud Storage.
@@ -19,6 +20,12 @@ from collections.abc import Container, Iterable
 from trainer.storage import Path
 
 log = logging.getLogger(__name__)
+
+# In a step's directory.
+MANIFEST = "checksums.json"
+SEAL = "checksums.commit.json"  # A manifest of what the commit itself wrote; see checkpoint_seal.
+STATE, META = "state", "meta"
+META_FILE = "metadata"  # In META, as Orbax's handler of JSON calls it.
 
 DAMAGED = "damaged"
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"

@@ -1,8 +1,10 @@
 """What a checkpoint's step directory holds, and how Orbax is brought to write it.
 
     state/            every leaf by its dotted name, in Orbax's OCDBT format, not compressed
-    meta/             JSON: data position, config, versions, names, shapes and dtypes of the leaves
+    meta/             JSON: data position; config, digests of code, versions; names, shapes, dtypes
+                      and digests of the leaves; which of them are params
     checksums.json    the manifest of all files above
+    checksums.commit.json  of what the commit writes beside it; see checkpoint_seal
 
 The manifest is written before the commit (each process digests what it wrote, and the lead adds
 the rest; on Google Cloud Storage the lead asks for the checksums that are known there), so a step
@@ -14,71 +16,21 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from launch.spec import ConfigError
 from trainer import checkpoint_gcs, checksums, storage
+from trainer.checkpoint_directory import MANIFEST, META, STATE
 
-MANIFEST = "checksums.json"
-STATE, META = "state", "meta"
 _PROCESS_MANIFEST = "checksums.process_{}.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """A checkpoint read back.
-
-    Attributes:
-      step: completed updates.
-      state: dotted name -> array, in the shardings asked for.
-      data_position: the JSON value given to `save`.
-      config: the resolved config of the run that saved it.
-    """
-
-    step: int
-    state: dict[str, jax.Array]
-    data_position: Any
-    config: Mapping[str, Any]
 
 
 def describe(array: Any) -> dict[str, Any]:
     """Shape and dtype of an array or its abstract, as JSON."""
     return {"shape": list(array.shape), "dtype": str(array.dtype)}
-
-
-def compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: object) -> None:
-    """Refuse a checkpoint of another state: Orbax would cast dtypes without a word.
-
-    Args:
-      saved: dotted name -> what `describe` said when it was saved.
-      wanted: dotted name -> array or abstract array.
-      path: of the checkpoint, for the message.
-
-    Raises:
-      ConfigError: names, shapes or dtypes differ; all of them are listed.
-    """
-    found = {name: describe(array) for name, array in wanted.items()}
-
-    def show(leaf: Mapping[str, Any]) -> str:
-        return f"{leaf['dtype']}{leaf['shape']}"
-
-    differences = [f"{name} is not saved there" for name in sorted(found.keys() - saved.keys())]
-    differences += [f"{name} is not in this run" for name in sorted(saved.keys() - found.keys())]
-    differences += [
-        f"{name} is {show(saved[name])} there, {show(found[name])} here"
-        for name in sorted(saved.keys() & found.keys())
-        if saved[name] != found[name]
-    ]
-    if differences:
-        raise ConfigError(
-            "",
-            f"the state of this config is not the one saved in {path}: {'; '.join(differences)}; "
-            "restore the config that wrote it, or give another --workdir",
-        )
 
 
 class StateHandler(ocp.PyTreeCheckpointHandler):
@@ -88,19 +40,24 @@ class StateHandler(ocp.PyTreeCheckpointHandler):
     would do it for the whole gang's bytes, through the network.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.digest_seconds = 0.0  # Spent on digests of files since the start, beside the training.
+
     async def async_save(self, directory: Any, args: Any) -> Any:
         futures = await super().async_save(directory, args=args)
         if storage.is_remote(directory):
             return futures
         return [_Then(futures or [], lambda: self._digest(pathlib.Path(directory)))]
 
-    @staticmethod
-    def _digest(directory: pathlib.Path) -> None:
+    def _digest(self, directory: pathlib.Path) -> None:
+        began = time.perf_counter()
         process = jax.process_index()
         own = directory / f"ocdbt.process_{process}"
         names = checksums.files_below(own) if own.is_dir() else []
         digests = checksums.digest_files(directory, [f"{own.name}/{name}" for name in names])
         checksums.write_manifest(directory / _PROCESS_MANIFEST.format(process), digests)
+        self.digest_seconds += time.perf_counter() - began
 
 
 @ocp.args.register_with_handler(StateHandler, for_save=True)

@@ -109,7 +109,8 @@ def files_below(root: pathlib.Path) -> list[str]:
 
 def manifest_text(files: Digests) -> str:
     """A manifest as it is written."""
-    return json.dumps({"schema": 1, "chunk_bytes": CHUNK_BYTES, "files": files, "own": _own(files)})
+    own = own_checksum(files)
+    return json.dumps({"schema": 1, "chunk_bytes": CHUNK_BYTES, "files": files, "own": own})
 
 
 def write_manifest(path: pathlib.Path, files: Digests) -> None:
@@ -144,14 +145,17 @@ def parse_manifest(text: bytes, name: str) -> Digests:
     try:
         record = json.loads(text)
         files = record["files"]
-        if record["own"] != _own(files) or record["chunk_bytes"] != CHUNK_BYTES:
+        if record["own"] != own_checksum(files) or record["chunk_bytes"] != CHUNK_BYTES:
             raise ValueError("its own checksum differs")
+        if text != manifest_text(files).encode():  # Whatever byte has changed in it.
+            raise ValueError("it is not as it was written")
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{name} cannot be read: {error}") from None
     return files
 
 
-def _own(files: Mapping[str, Any]) -> str:
+def own_checksum(files: Mapping[str, Any]) -> str:
+    """The checksum of a manifest itself."""
     return xxhash.xxh3_64_hexdigest(json.dumps(files, sort_keys=True).encode())
 
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from launch.spec import TrainSpec
 from trainer.data.feed import Feed
+from trainer.preemption import Stopped, StopSignal
 from trainer.state import Leaves, StateLayout
 from trainer.step import as_loss, compile_step
 from trainer.task import Batch, Loss, Task
@@ -22,11 +23,12 @@ EvalStep = Callable[[Sequence[jax.Array], Batch], Loss]
 
 
 def make_evaluate(
-    spec: TrainSpec, task: Task, layout: StateLayout
+    spec: TrainSpec, task: Task, layout: StateLayout, stop: StopSignal
 ) -> Callable[[Leaves], float] | None:
     """Mean loss over the first `eval.num_batches` held-out batches; None without any.
 
-    The evaluation step is compiled at its first use.
+    The evaluation step is compiled at its first use. What is returned raises Stopped, on all
+    processes alike, where `stop` says so before a batch.
     """
     dataset = task.eval_data() if spec.eval.every_steps else None
     if dataset is None:
@@ -39,12 +41,24 @@ def make_evaluate(
             if not compiled:
                 step = make_eval_step(task, layout, spec.eval.params)
                 compiled.append(compile_eval_step(step, layout, feed.abstract()))
-            batches = itertools.islice(feed, spec.eval.num_batches)
+            batches = itertools.islice(until_stopped(feed, stop), spec.eval.num_batches)
             return mean_loss(compiled[0], leaves, batches)
         finally:
             feed.close()
 
     return evaluate
+
+
+def until_stopped(batches: Iterator[Any], stop: StopSignal) -> Iterator[Any]:
+    """The batches, each begun as a unit of its own; raises Stopped."""
+    while True:
+        with stop.waiting():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        if stop.begin():
+            raise Stopped
+        yield batch
 
 
 def make_eval_step(task: Task, layout: StateLayout, params: str = "params") -> EvalStep:

@@ -6,6 +6,7 @@ A field is `SECTION/NAME`. Its text is what a person is shown, or a hash where t
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -13,7 +14,7 @@ import os
 import platform
 import sys
 import sysconfig
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -146,12 +147,17 @@ def variables(env: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def code(modules: Mapping[str, Any], packages: Collection[str]) -> dict[str, str]:
+def code(
+    modules: Mapping[str, Any],
+    packages: Collection[str],
+    digest: Callable[[bytes], str] | None = None,
+) -> dict[str, str]:
     """A hash of every loaded source file that is not Python's own or an installed package's.
 
     Args:
       modules: by name, as in `sys.modules`.
       packages: top-level packages that count wherever they are installed.
+      digest: of a file's bytes; by default their hash.
 
     Returns:
       Hashes by the file's path below the directory that it was imported from.
@@ -170,10 +176,49 @@ def code(modules: Mapping[str, Any], packages: Collection[str]) -> dict[str, str
         ):
             try:
                 with open(file, "rb") as source:
-                    hashes[_path_of(name, file)] = _hash(source.read())
+                    hashes[_path_of(name, file)] = (digest or _hash)(source.read())
             except OSError:
                 continue  # Imported from elsewhere than a file system.
     return hashes
+
+
+def of_task(task: object) -> dict[str, str]:
+    """Digests of the source files that a task's numbers come from, by path: the user's own, and
+    of Muster's what its built-in tasks are made of.
+
+    Two digests a file, of its bytes and of its syntax without docstrings: a comment is no change,
+    and neither is another Python's other idea of the syntax. Call it when all is imported.
+    """
+    modules = {
+        name: module
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] not in ("launch", "trainer")
+        or name.startswith(("trainer.tasks", "trainer.models", "trainer.data"))
+    }
+    own = os.path.realpath(os.path.dirname(os.path.dirname(__file__)))
+    skipped = tuple(os.path.join(own, name) + os.sep for name in ("launch", "configs"))
+    modules = {
+        name: module
+        for name, module in modules.items()
+        if not os.path.realpath(str(_fields_of(module).get("__file__"))).startswith(skipped)
+        and name not in ("__main__", "__mp_main__", _CONFIG_MODULE)
+    }
+    return code(modules, {type(task).__module__.partition(".")[0]} - {"launch"}, _of_source)
+
+
+def _of_source(data: bytes) -> str:
+    """Digests of a file's bytes and of its syntax."""
+    try:
+        tree = ast.parse(data)
+    except (SyntaxError, ValueError, RecursionError):
+        return _hash(data)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            text = body[0].value
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                del body[0]
+    return f"{_hash(data)}/{_hash(ast.dump(tree).encode())}"
 
 
 def _fields_of(module: Any) -> Mapping[str, Any]:

@@ -11,8 +11,13 @@ import jax
 from launch.contract import report_progress
 from trainer.checkpoint import Checkpointer
 from trainer.data.feed import Feed
+from trainer.distributed import broadcast, say
+from trainer.preemption import Stopped, StopSignal
+from trainer.replicas import ReplicaCheck
 from trainer.report import Reporter
 from trainer.state import Leaves, StateLayout
+
+_SLOWER = 1.25  # A save may take so much longer than the one before it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +34,10 @@ class Loop:
       batches: this process's part of every global batch, as global arrays.
       saver: checkpoints.
       reporter: metrics.
-      stop_agreed: whether all processes stop after this step. Collective.
-      evaluate: leaves -> mean held-out loss; None without held-out data. Collective.
+      replicas: looks for silent corruption.
+      stop: whether all processes stop here.
+      evaluate: leaves -> mean held-out loss, or raises Stopped; None without held-out data.
+        Collective.
     """
 
     layout: StateLayout
@@ -41,7 +48,8 @@ class Loop:
     batches: Feed
     saver: Checkpointer
     reporter: Reporter
-    stop_agreed: Callable[[int], bool]
+    replicas: ReplicaCheck
+    stop: StopSignal
     evaluate: Callable[[Leaves], float] | None
 
     def run(self, leaves: Leaves, step: int) -> Ended:
@@ -50,38 +58,70 @@ class Loop:
         Collective: every process must call this, with the same step.
 
         Returns:
-          The state after the last step, which has been handed to the saver.
+          The state after the last step, which is saved if there was time for it.
         """
         if self.train_step is None:
             return Ended(leaves, step, stopped=False)
-        batch, stopped = self._next_batch(step), False
+        self.stop.enter_loop()
+        first, position, cut = step, None, False
+        batch = self._next_batch(step)
         # Any transfer that nobody asked for by name would stall the queue of dispatched steps.
         with jax.transfer_guard("disallow"):
-            while step < self.num_steps and not stopped:
+            while step < self.num_steps and batch is not None and not self.stop.begin():
                 leaves, metrics = self.train_step(leaves, batch)
                 step += 1
+                self.stop.step = step
                 # What a resume needs: the position behind this step's batch, read before the next
                 # batch is fetched while the device is busy.
                 position = self.batches.position()
                 if step < self.num_steps:
                     batch = self._next_batch(step)
                 self.reporter.add(step, metrics, self.batches.wait_seconds)
-                stopped = self.stop_agreed(step)
-                ended = stopped or step == self.num_steps
+                # A process whose data was not worth waiting for does all of this as the others do.
+                ended = step == self.num_steps
+                if self.replicas.due(step):  # Before a save, which must hold nothing corrupted.
+                    self.replicas.check(step, leaves)
                 if ended or self.saver.due(step, logging_step=step % self.log_every_steps == 0):
                     self._save(leaves, step, position, final=ended)
-                if self.evaluate and self._eval_due(step) and not stopped:
-                    self._evaluate(leaves, step, self.evaluate)
+                if self.evaluate and self._eval_due(step):
+                    cut = not self._evaluate(leaves, step, self.evaluate)
                 if self.saver.check():
                     # The launcher asks for a stop so early that another save fits.
                     report_progress(step, "step", save_seconds=self.saver.last_save_seconds)
-        return Ended(leaves, step, stopped)
+            stopped = step < self.num_steps
+            if stopped and step > first:
+                self._save_in_time(leaves, step, position)
+        return Ended(leaves, step, stopped or cut)
 
     def _next_batch(self, step: int) -> Any:
+        """The next batch; None if it came to a stop while it was waited for."""
         report_progress(step, "data")
-        batch = next(self.batches)
+        try:
+            with self.stop.waiting():
+                batch = next(self.batches)
+        except Stopped:
+            batch = None
         report_progress(step, "step")
         return batch
+
+    def _save_in_time(self, leaves: Leaves, step: int, position: Any) -> None:
+        """The last save of a stopped run, unless it would not be done before the process is killed.
+
+        The time that the save before took is what is known; without one it is tried.
+        """
+        left, takes = self.stop.seconds_left(), self.saver.last_save_seconds
+        # One that is on its way is waited for first.
+        needed = (takes or 0.0) * _SLOWER * (2 if self.saver.saving else 1)
+        fits = left is None or takes is None or needed < left
+        if broadcast("stop/save", fits):
+            self._save(leaves, step, position, final=True)
+            return
+        say(
+            f"told to stop with {left or 0:.0f} s left, and the last save took {takes or 0:.1f} s: "
+            "no other is begun"
+        )
+        self.reporter.flush()
+        self.saver.wait()
 
     def _save(self, leaves: Leaves, step: int, position: dict, final: bool) -> None:
         # A state whose loss is not finite must never become the newest checkpoint.
@@ -95,12 +135,17 @@ class Loop:
         every = self.eval_every_steps
         return every > 0 and (step % every == 0 or step == self.num_steps)
 
-    def _evaluate(self, leaves: Leaves, step: int, evaluate: Callable[[Leaves], float]) -> None:
+    def _evaluate(self, leaves: Leaves, step: int, evaluate: Callable[[Leaves], float]) -> bool:
+        """Whether it came to its end."""
         self.reporter.flush()
         report_progress(step, "eval")
-        with self.reporter.not_stepping():
-            self.reporter.evaluated(step, evaluate(leaves))
+        try:
+            with self.reporter.not_stepping():
+                self.reporter.evaluated(step, evaluate(leaves))
+        except Stopped:
+            return False
         report_progress(step, "step")
+        return True
 
 
 @dataclasses.dataclass(frozen=True)

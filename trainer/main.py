@@ -17,16 +17,11 @@ from typing import Any
 from absl import app, flags, logging
 
 from launch import contract
-from launch.spec import (
-    ConfigError,
-    check_same_run,
-    load_config,
-    plain,
-    train_spec,
-)
+from launch.spec import ConfigError, load_config, plain, train_spec
 from trainer import storage, xla_flags
 from trainer.command_line import parse_flags
 from trainer.exit import run_main
+from trainer.preemption import StopSignal
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -40,11 +35,12 @@ flags.DEFINE_float("initialization_timeout_seconds", 300.0, "How long to wait fo
 flags.DEFINE_string("config", None, "A config file; --config.x.y=V overrides a field of it.")
 
 
-def run(config: Any) -> int:
+def run(config: Any, stop: StopSignal) -> int:
     """Check the config, join the gang, train. Collective: every process must call this.
 
     Args:
       config: a ConfigDict; see `launch.spec.TrainSpec` for its fields.
+      stop: listens already.
 
     Returns:
       An exit code of `launch.contract`.
@@ -55,11 +51,10 @@ def run(config: Any) -> int:
         raise ConfigError("", "--workdir is missing; give --workdir=DIR")
     workdir = storage.run_directory(FLAGS.workdir)
     spec = train_spec(config)
-    check_same_run(workdir, config_record(workdir), config)
 
     import jax
 
-    from trainer import compile_cache, distributed, unison
+    from trainer import agreement, compile_cache, distributed, unison
     from trainer.optimizer import make_optimizer
     from trainer.task import load_task
 
@@ -67,12 +62,16 @@ def run(config: Any) -> int:
     # What can be wrong in these sections is found before anybody waits for anybody.
     make_optimizer(spec.optimizer)
     task = load_task(spec.task, spec.model, spec.data)
+    # It would replace the handler of ours, which does more.
+    jax.config.update("jax_enable_preemption_service", False)
     place = distributed.initialize(
         coordinator_address=FLAGS.coordinator_address,
         num_processes=FLAGS.num_processes,
         process_id=FLAGS.process_id,
         timeout_seconds=FLAGS.initialization_timeout_seconds,
     )
+    if place.num_processes > 1:
+        stop.join(agreement.client(), place.process_id, place.num_processes)
     # What is not imported yet would not be compared.
     from trainer.train import train
 
@@ -85,15 +84,7 @@ def run(config: Any) -> int:
             f"{jax.devices()[0].device_kind} devices, jax {jax.__version__}",
             flush=True,
         )
-    return train(spec, task, workdir, record)
-
-
-def config_record(workdir: str) -> Any:
-    """The config that a run directory was made with; None for a new one."""
-    try:
-        return json.loads(storage.read_text(os.path.join(workdir, contract.CONFIG_RECORD)))
-    except FileNotFoundError:
-        return None
+    return train(spec, task, workdir, record, stop)
 
 
 def main() -> None:
@@ -102,18 +93,19 @@ def main() -> None:
     def program() -> int:
         # Before anything is imported that takes long: whoever never gets here stands out.
         contract.report_progress(0, "init")
-        xla_flags.put(os.environ)  # Before anything imports jax, as a config file might.
-        loaded = load_config("config", sys.argv[1:])
-        return app_run(loaded.config, [sys.argv[0], *loaded.rest])
+        with StopSignal() as stop:
+            xla_flags.put(os.environ)  # Before anything imports jax, as a config file might.
+            loaded = load_config("config", sys.argv[1:])
+            return app_run(loaded.config, [sys.argv[0], *loaded.rest], stop)
 
     run_main(program)
 
 
-def app_run(config: Any, argv: list[str]) -> int:
+def app_run(config: Any, argv: list[str], stop: StopSignal) -> int:
     """Run under absl, which parses the flags and sets up logging; returns the exit code."""
     codes: list[int] = []
     with contextlib.suppress(SystemExit):  # absl ends with one, --help with another.
-        app.run(lambda _: codes.append(run(config)), argv=argv, flags_parser=parse_flags)
+        app.run(lambda _: codes.append(run(config, stop)), argv=argv, flags_parser=parse_flags)
     return codes[0] if codes else contract.EXIT_DONE
 
 

@@ -7,7 +7,7 @@ the flat list lives, because the Python cost of an NNX object per step grows wit
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -133,20 +133,30 @@ def make_layout(
     )
 
 
-def init_state(layout: StateLayout) -> Leaves:
+def init_state(layout: StateLayout, only: Collection[str] | None = None) -> Leaves:
     """Make the initial state, every leaf born in its sharding; none is ever whole on one device.
 
     The numbers depend on the seed alone, not on the mesh. Collective: every process must call this.
+
+    Args:
+      layout: of the state.
+      only: names of the leaves that are wanted; None for all. In the place of the others is None.
     """
 
     def init() -> list[jax.Array]:
         model, optimizer = layout.create()
         constrain(model, nnx.Param, layout)
         constrain(optimizer, nnx.optimizer.OptState, layout)
-        return layout.leaves_of(model, optimizer)
+        return keep(layout.leaves_of(model, optimizer))
+
+    def keep(leaves: list[Any]) -> list[Any]:
+        if only is None:
+            return leaves
+        named = zip(layout.names, leaves, strict=True)
+        return [leaf if name in only else None for name, leaf in named]
 
     with compile_cache.written_by_all():
-        made = jax.jit(init, out_shardings=layout.shardings).lower().compile()
+        made = jax.jit(init, out_shardings=keep(layout.shardings)).lower().compile()
     return made()
 
 

@@ -54,7 +54,8 @@ class Task(abc.ABC):
         """Examples in training order (shuffled, repeated): element i is a dict of numpy arrays.
 
         Must depend on nothing but the config and `seed`: the trainer gives each process its own
-        rows of every global batch by index.
+        rows of every global batch by index. docs/data.md has filters, packing and mixtures that
+        keep to that, and what is refused.
         """
 
     def example_spec(self) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +14,12 @@ import jax
 from launch import contract
 from launch.spec import TrainSpec
 from launch.topology import peak_flops
-from trainer import distributed, storage
+from trainer import distributed, fingerprint, storage
 from trainer.checkpoint import Checkpointer
 from trainer.data.feed import Feed
+from trainer.data.index import keep_in
+from trainer.data.refusals import training_data
+from trainer.data.same import check_gang
 from trainer.distributed import say
 from trainer.evaluate import make_evaluate
 from trainer.finish import finish
@@ -25,15 +29,19 @@ from trainer.metrics import Throughput
 from trainer.optimizer import Optimizer
 from trainer.preemption import StopSignal
 from trainer.prepare import prepare
+from trainer.replicas import ReplicaCheck
 from trainer.report import Output, Reporter
+from trainer.resume import Resume
 from trainer.schedules import remarks
-from trainer.state import Leaves, StateLayout, init_state
+from trainer.state import StateLayout
 from trainer.step import compile_train_step, make_train_step
 from trainer.task import Task
 from trainer.unison import check_program
 
 
-def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> int:
+def train(
+    spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any], stop: StopSignal
+) -> int:
     """Train until `spec.num_steps` or until told to stop; resumes what `workdir` holds.
 
     Collective: every process of the gang must call this, after `distributed.initialize`.
@@ -43,6 +51,7 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
       task: the model, its loss and its data.
       workdir: the run directory, on a file system that all processes share or on GCS.
       config: the resolved config as plain JSON, for the records.
+      stop: that this process has joined its gang with.
 
     Returns:
       The exit code: EXIT_DONE, or EXIT_RESUMABLE when stopped early with a checkpoint.
@@ -56,21 +65,39 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
             say(line)
 
     # ------------------------------------------------------------------ data
-    feed = Feed(task.train_data(spec.seed), spec.global_batch_size, mesh, "training data")
+    index = None if storage.is_remote(workdir) else os.path.join(workdir, contract.DATA_INDEX)
+    keep_in(index, alive=lambda: contract.report_progress(0, "init"))
+    feed = Feed(training_data(task, spec.seed), spec.global_batch_size, mesh, "training data")
+    evaluate = make_evaluate(spec, task, layout, stop)
+    contract.report_progress(0, "init")
+    check_gang(feed.identity)
     if distributed.is_lead() and (text := task.describe()):
         say(text)
 
     # ------------------------------------------------------------------ records
     # First: where nothing can be written, all processes say so together.
+    software = {"code": fingerprint.of_task(task), "versions": fingerprint.versions()}
     saver = Checkpointer(
-        os.path.join(workdir, contract.CHECKPOINTS), spec.checkpoint, config=config
+        os.path.join(workdir, contract.CHECKPOINTS),
+        spec.checkpoint,
+        config=config,
+        record={**software, "params": sorted(layout.params)},
     )
     if distributed.is_lead():
-        _write_json(workdir, contract.CONFIG_RECORD, {"schema": contract.SCHEMA, **config})
         _write_json(workdir, contract.LEDGER_RECORD, ledger.as_record())
 
     # ------------------------------------------------------------------ restore, or a fresh state
-    step, leaves = restore_or_init(saver, layout, feed)
+    contract.report_progress(0, "restore")
+    beginning = Resume(spec, workdir, {"config": config, **software}, layout).begin(saver)
+    step, leaves = beginning.step, beginning.leaves
+    if beginning.data_position is not None:
+        other_data = allows_other_data(spec.restore.allow_change)
+        for line in feed.restore(beginning.data_position, other_data=other_data):
+            say(line)
+    if distributed.is_lead():  # Not before: a config that is refused must leave no trace.
+        _write_json(workdir, contract.CONFIG_RECORD, {"schema": contract.SCHEMA, **config})
+    stop.step = step
+    stop.standing = lambda: standing(saver, stop.step)
 
     # ------------------------------------------------------------------ compile
     contract.report_progress(step, "compile")
@@ -87,9 +114,8 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     output = Output(workdir, step) if distributed.is_lead() else None
     # What is logged up to a step must not be lost when that step is resumed from.
     saver.before_commit = output.flush if output else None
-    reporter = make_reporter(spec, task, layout, optimizer, output)
-    evaluate = make_evaluate(spec, task, layout)
-    with StopSignal() as stop, output or contextlib.nullcontext():
+    reporter = make_reporter(spec, task, layout, optimizer, output, began=beginning.optimizer_began)
+    with output or contextlib.nullcontext():
         loop = Loop(
             layout=layout,
             num_steps=spec.num_steps,
@@ -99,7 +125,8 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
             batches=feed,
             saver=saver,
             reporter=reporter,
-            stop_agreed=stop.agreed,
+            replicas=ReplicaCheck(layout, spec.check_replicas_every_steps),
+            stop=stop,
             evaluate=evaluate,
         )
         ended = loop.run(leaves, step)
@@ -107,34 +134,56 @@ def train(spec: TrainSpec, task: Task, workdir: str, config: dict[str, Any]) -> 
     # ------------------------------------------------------------------ finish
     contract.report_progress(ended.step, "eval")
     if ended.stopped:
-        say(f"told to stop: step {ended.step} is saved, the same command resumes from it")
+        say(f"told to stop: {standing(saver, ended.step)}; the same command goes on from there")
     else:
         loss = reporter.last_eval_loss
         say(f"done at step {ended.step}" + (f": {task.verdict(loss)}" if loss is not None else ""))
         finish(task, layout, ended.leaves, spec.eval.params, spec.seed)
-    say(f"checkpoints: {saver.directory}")
+    say(f"checkpoints: {saver.directory}" + (f" ({saver.cost})" if saver.cost else ""))
     say(f"metrics and TensorBoard events: {workdir}")
     contract.report_progress(ended.step, "save")
     saver.close()  # Waits for what is still being written.
+    stop.saved()
     feed.close()
     return contract.EXIT_RESUMABLE if ended.stopped else contract.EXIT_DONE
 
 
-def restore_or_init(saver: Checkpointer, layout: StateLayout, feed: Feed) -> tuple[int, Leaves]:
-    """The newest usable checkpoint, or a fresh state where the run has none. Collective."""
-    contract.report_progress(0, "restore")
-    restored = saver.restore(layout.as_dict(layout.abstract))
-    if restored is None:
-        return 0, init_state(layout)
-    feed.restore(restored.data_position)
-    say(f"resumed from step {restored.step} ({saver.directory / str(restored.step)})")
-    return restored.step, layout.from_dict(restored.state)
+def allows_other_data(allow_change: Sequence[str]) -> bool:
+    """Whether the user has named something that may make other examples, or put them in another
+    order."""
+    groups = {name.partition(".")[0] for name in allow_change}
+    return bool(groups & {"data", "seed", "task", "code", "versions"})
+
+
+def standing(saver: Checkpointer, step: int) -> str:
+    """What is kept of a run that ends at `step`, and what is lost."""
+    kept = saver.good_step
+    if kept is None:
+        return f"nothing is saved yet, {step} steps are lost" if step else "nothing is lost"
+    if kept >= step:
+        return f"step {kept} is saved"
+    lost = step - kept
+    return f"step {kept} is kept, {lost} step{'s are' if lost > 1 else ' is'} lost"
 
 
 def make_reporter(
-    spec: TrainSpec, task: Task, layout: StateLayout, optimizer: Optimizer, output: Output | None
+    spec: TrainSpec,
+    task: Task,
+    layout: StateLayout,
+    optimizer: Optimizer,
+    output: Output | None,
+    *,
+    began: int,
 ) -> Reporter:
-    """A Reporter for this run; it writes where there is an output."""
+    """A Reporter for this run; it writes where there is an output.
+
+    The optimizer's schedules count from the step at which it `began`.
+    """
+
+    def of_step(rate: Callable[[int], Any]) -> Callable[[int], Any]:
+        return lambda count: rate(count - began)
+
+    rate, rates = optimizer.learning_rate, optimizer.learning_rates
     model, _ = layout.merge(layout.abstract)
     flops = task.flops_per_example(model)
     throughput = Throughput(
@@ -149,8 +198,8 @@ def make_reporter(
         throughput,
         log_every_steps=spec.log_every_steps,
         num_steps=spec.num_steps,
-        learning_rate=optimizer.learning_rate,
-        group_rates={name: rate for name, rate in optimizer.learning_rates.items() if name},
+        learning_rate=of_step(rate) if rate else None,
+        group_rates={name: of_step(rates[name]) for name in rates if name},
         max_skipped=optimizer.skip.max_in_a_row if optimizer.skip else None,
     )
 

@@ -10,10 +10,12 @@ another machine (see `connect`). Its first line of input is the plan:
      "hook": DIRECTORY or null, "tells_signals": true or false,
      "complaints": FILE or absent, for the agent's own standard error, "processes": [
         {"process_id": ID, "argv": [...], "env": {...over the agent's own...}, "log": FILE,
-         "exit_record": FILE, "progress": FILE, "failure": FILE, "stacks": FILE}, ...]}
+         "exit_record": FILE, "progress": FILE, "failure": FILE, "stacks": FILE,
+         "deadline": FILE}, ...]}
 
-Then it takes commands: `{"command": "lease", "echo": X}`, `stop` (SIGTERM) and `kill` (SIGKILL) for
-every process group, and `stacks`. It reports events: `started`, `not_started`, `pulse` (the answer
+Then it takes commands: `{"command": "lease", "echo": X}`, `stop` (SIGTERM; with `"seconds": S`
+until the kill, which the deadline file then says) and `kill` (SIGKILL) for every process group, and
+`stacks`. It reports events: `started`, `not_started`, `pulse` (the answer
 to a lease, with the progress that is new), `raised` (a process recorded an exception), `exited`,
 `stacks`, `signalled` (with `tells_signals`: who decides over the machine told the agent to stop;
 without, that counts as the owner's end), and `done` as the last. Times in events are seconds of

@@ -130,9 +130,10 @@ class Agent:
             elif message["command"] == "stacks":
                 for process in self._running.values():
                     self._ask_for_stacks(process)
+            elif message["command"] == "stop":
+                self._stop(message.get("seconds"))
             else:
-                stop = message["command"] == "stop"
-                self._signal(signal.SIGTERM if stop else signal.SIGKILL)
+                self._signal(signal.SIGKILL)
 
     def _renew(self, echo):
         # From the last answer on, after which the owner sent this: see the module's text.
@@ -156,7 +157,7 @@ class Agent:
         until = max(self._lease_until, self._deadline)
         if self._kill_at is None and now >= until - grace:
             self._kill_at = until
-            self._signal(signal.SIGTERM)
+            self._stop(until - now)
         if self._kill_at is not None and now >= self._kill_at:
             self._signal(signal.SIGKILL)
             self._kill_at = now + 1
@@ -165,7 +166,7 @@ class Agent:
         """Stop by oneself."""
         if self._kill_at is None:
             self._kill_at = time.monotonic() + self._plan["max_grace_seconds"]
-            self._signal(signal.SIGTERM)
+            self._stop(self._plan["max_grace_seconds"])
 
     def _tell_signal(self):
         """Pass on that the machine is wanted back; its processes may have heard it as well."""
@@ -173,6 +174,16 @@ class Agent:
             return
         self._told_signal = True
         self._report(event="signalled")
+        self._signal(signal.SIGTERM)
+
+    def _stop(self, seconds):
+        """Tell the processes to stop, and how long they have if that is known."""
+        for process in self._running.values():
+            if seconds is not None:
+                try:
+                    contract.record_deadline(process.plan["deadline"], seconds)
+                except OSError as error:  # They then stop as if there were time.
+                    self._complain("cannot write %s" % process.plan["deadline"], error)
         self._signal(signal.SIGTERM)
 
     def _signal(self, number):

@@ -70,6 +70,7 @@ def gang_env(cluster: Cluster, attempt: AttemptSpec, process_id: int) -> dict[st
         contract.PROGRESS_FILE: str(rundir.progress_path(attempt.path, process_id)),
         contract.FAILURE_FILE: str(rundir.failure_path(attempt.path, process_id)),
         contract.STACKS_FILE: str(rundir.stacks_path(attempt.path, process_id)),
+        contract.DEADLINE_FILE: str(rundir.deadline_path(attempt.path, process_id)),
         # What jax.distributed.initialize() without arguments looks for: Open MPI comes first in
         # its search. On a GPU host it would take one device, its local rank's, without the ids.
         "OMPI_MCA_orte_hnp_uri": f"0.0;tcp://{attempt.coordinator}",
@@ -146,4 +147,5 @@ def files_of(attempt: Path, process_id: int) -> dict[str, str]:
         "progress": str(rundir.progress_path(attempt, process_id)),
         "failure": str(rundir.failure_path(attempt, process_id)),
         "stacks": str(rundir.stacks_path(attempt, process_id)),
+        "deadline": str(rundir.deadline_path(attempt, process_id)),
     }

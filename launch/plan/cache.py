@@ -27,7 +27,7 @@ _KEPT_SECONDS = 90 * 86400.0  # Since an entry was used last.
 # They decide what is compiled, or how much memory is counted.
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 # How a step is run and looked at, not what it is.
-_BESIDE_THE_STEP = ("log_every_steps", "compilation_cache")
+_BESIDE_THE_STEP = ("log_every_steps", "compilation_cache", "init_from", "restore")
 # Environment that changes what JAX and XLA make of a step. Where it runs is the cluster's to say.
 _TELLING = ("JAX_", "XLA_", "LIBTPU_")
 _NOT_TELLING = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")

@@ -2,9 +2,16 @@
 
 from launch.errors import ConfigError, closest
 from launch.spec.cluster import Cluster, cluster_spec
-from launch.spec.compare import Difference, check_same_run, compare_configs, flatten
+from launch.spec.compare import (
+    Difference,
+    compare_code,
+    compare_configs,
+    compare_versions,
+    flatten,
+)
+from launch.spec.data_fields import free_data_fields
 from launch.spec.fields import build, plain, require
-from launch.spec.files import LoadedConfig, load_config
+from launch.spec.files import LoadedConfig, add_override, load_config
 from launch.spec.job import (
     AXES,
     BATCH_AXES,
@@ -16,6 +23,7 @@ from launch.spec.job import (
     train_spec,
 )
 from launch.spec.policies import RestartPolicy, WatchPolicy
+from launch.spec.restore import RestoreSpec
 from launch.spec.slurm import SlurmSpec
 
 __all__ = [
@@ -29,16 +37,20 @@ __all__ = [
     "LoadedConfig",
     "MeshSpec",
     "RestartPolicy",
+    "RestoreSpec",
     "ShardingSpec",
     "SlurmSpec",
     "TrainSpec",
     "WatchPolicy",
+    "add_override",
     "build",
-    "check_same_run",
     "closest",
     "cluster_spec",
+    "compare_code",
     "compare_configs",
+    "compare_versions",
     "flatten",
+    "free_data_fields",
     "load_config",
     "plain",
     "require",

@@ -70,6 +70,14 @@ def load_config(flag: str, argv: Sequence[str], required: bool = True) -> Loaded
     )
 
 
+def add_override(loaded: LoadedConfig, override: str) -> LoadedConfig:
+    """The same config with one more override, `--config.a.b=V`, behind the others."""
+    flag = override.lstrip("-").partition(".")[0]
+    with loaded.config.unlocked():
+        more, _ = apply_overrides(flag, loaded.config, [override])
+    return loaded._replace(overrides=[*loaded.overrides, *more])
+
+
 def _take_source(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """Split `--flag=FILE` or `--flag FILE` (the last one wins) from the other arguments."""
     source, rest = None, []

@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.errors import ConfigError, closest
 from launch.spec.fields import build, require
+from launch.spec.restore import RestoreSpec
 
 BATCH_AXES = ("data", "fsdp")  # The mesh axes over which a batch's examples are split.
 AXES = ("data", "fsdp", "tensor")
@@ -148,9 +149,14 @@ class TrainSpec:
       num_microbatches: parts of a batch whose gradients are accumulated in one update.
       seed: of initialization, dropout and the order of the data.
       log_every_steps: between lines of progress and metrics.
+      check_replicas_every_steps: between comparisons of what several devices hold copies of; 0
+        for never.
       model, data: the task's own sections, checked by the task.
       optimizer: `chain` of Optax names and one section of arguments per name.
       compilation_cache: directory of JAX's persistent compile cache; "" for none.
+      init_from: `RUN[@STEP]`, another run's directory or one of checkpoints: a new run starts at
+        step 0 with its params, and everything else fresh; "" for a fresh start.
+      restore: what a resume takes from a checkpoint, and which changes it accepts.
     """
 
     task: str
@@ -159,6 +165,7 @@ class TrainSpec:
     num_microbatches: int = 1
     seed: int = 0
     log_every_steps: int = 10
+    check_replicas_every_steps: int = 500
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -167,10 +174,14 @@ class TrainSpec:
     checkpoint: CheckpointSpec = CheckpointSpec()
     eval: EvalSpec = EvalSpec()
     compilation_cache: str = "~/.cache/muster/xla"
+    init_from: str = ""
+    restore: RestoreSpec = dataclasses.field(default_factory=RestoreSpec)
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "global_batch_size", "num_microbatches", "log_every_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        every = self.check_replicas_every_steps
+        require(every >= 0, "check_replicas_every_steps", every, "must be 0 (never) or more")
         require(
             self.task.count(":") == 1, "task", self.task, "must be written package.module:Class"
         )

@@ -81,7 +81,7 @@ def test_a_training_killed_in_a_save_goes_on_through_an_outage_as_if_nothing_had
     assert gcs.failures_left() == 0
 
     steps = {name.split("/")[0] for name in gcs.names(BUCKET, "runs/a/checkpoints/")}
-    assert steps == {"4", "6"}
+    assert steps == {"4", "6", "verified.json"}
     one, two = tiny.read_state(tmp_path / "run", 6), tiny.read_state(RUN, 6)
     assert one.keys() == two.keys()
     for name, value in one.items():

@@ -15,7 +15,7 @@ import pytest
 
 from launch import contract
 from tests.testing import tiny
-from tests.testing.gangs import MusterCommand
+from tests.testing.gangs import MusterCommand, command_line
 
 # Sums are taken in another order on another mesh; over 6 steps of Adam that grows. Seen: 2e-5.
 RELATIVE_TOLERANCE = 1e-3
@@ -123,10 +123,6 @@ def kill_at_10(training: Training) -> None:
     for path in step_10.parent.iterdir():
         if path.name.isdigit() and int(path.name) > 10:
             path.rename(training.folder / path.name)
-
-
-def command_line(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def assert_same_state(one: dict, two: dict) -> None:

@@ -128,7 +128,7 @@ def get_config(fault: str) -> Any:
     config = tiny.get_config("witness")
     config.task = "tests.testing.faults:Faulty"
     config.data.fault = fault
-    config.data.good_reads = 4 * (AT_STEP + 2)
+    config.data.good_reads = 9 + 4 * (AT_STEP + 2)  # Nine to know the data again.
     config.num_steps = 100_000
     config.checkpoint.every_steps = 2
     return config

@@ -101,9 +101,14 @@ class MusterCommand:
 
     def wait_for_log(self, text: str, processes: int = 2, number: int = 0) -> None:
         """Wait until every process has logged `text`."""
+        for process in range(processes):
+            self.wait_for(text, process, number)
+
+    def wait_for(self, text: str, process_id: int, number: int = 0) -> None:
+        """Wait until one process has logged `text`."""
         wait_until(
-            lambda: all(text in self.log(i, number) for i in range(processes)),
-            f"every process to log {text!r}",
+            lambda: text in self.log(process_id, number),
+            f"process {process_id} to log {text!r}",
         )
 
     def left(self) -> list[int]:
@@ -190,3 +195,7 @@ def wait_until(condition: Any, what: str, seconds: float = 60.0) -> None:
         if time.monotonic() > limit:
             raise AssertionError(f"waited {seconds} s for {what}")
         time.sleep(0.02)
+
+
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -13,19 +13,25 @@ from trainer.models.splash import splash_attention
 TPU, GPU, CPU = (Place(platform=platform, is_local=True) for platform in ("tpu", "gpu", "cpu"))
 
 
-def test_splash_attention_and_its_gradients_equal_the_plain_form():
+@pytest.mark.parametrize("packed", [False, True])
+def test_splash_attention_and_its_gradients_equal_the_plain_form(packed):
     B, Q, K, L, H = 2, 2, 1, 256, 128
     rng = np.random.default_rng(0)
     q, k, v, weight = (
         jnp.asarray(rng.normal(size=(B, heads, L, H)), jnp.float32) for heads in (Q, K, K, Q)
     )
     q *= H**-0.5
+    documents = np.repeat([[1, 2, 3, 0]], [100, 28, 110, 18], axis=1).repeat(B, axis=0)
+    documents[1] = np.sort(documents[1])
+    segments = jnp.asarray(documents, jnp.int32) if packed else None
 
     def total(attention):
         return lambda *qkv: jnp.sum(attention(*qkv) * weight)
 
-    flash = jax.value_and_grad(total(lambda *qkv: splash_attention(*qkv, True)), (0, 1, 2))
-    plain = jax.value_and_grad(total(lambda *qkv: attend(*qkv, "xla")), (0, 1, 2))
+    flash = jax.value_and_grad(
+        total(lambda *qkv: splash_attention(*qkv, segments, True)), (0, 1, 2)
+    )
+    plain = jax.value_and_grad(total(lambda *qkv: attend(*qkv, "xla", segments)), (0, 1, 2))
     (value, grads), (expected, expected_grads) = jax.jit(flash)(q, k, v), jax.jit(plain)(q, k, v)
     np.testing.assert_allclose(value, expected, rtol=1e-4)
     for grad, wanted in zip(grads, expected_grads, strict=True):
@@ -46,6 +52,15 @@ def test_splash_attention_and_its_gradients_equal_the_plain_form():
 )
 def test_a_platforms_own_kernel_is_chosen_where_it_can_be(place, length, head_dim, dtype, kernel):
     assert choose_kernel("auto", length, head_dim, dtype, place) == kernel
+
+
+def test_packed_rows_take_a_kernel_that_knows_of_documents():
+    def choose(wanted, place):
+        return choose_kernel(wanted, 4096, 128, "bfloat16", place, packed=True)
+
+    assert [choose("auto", place) for place in (TPU, GPU, CPU)] == ["splash", "xla", "xla"]
+    with pytest.raises(ConfigError, match=r"attention='cudnn': .* config.data.packing needs them"):
+        choose("cudnn", GPU)
 
 
 @pytest.mark.parametrize(

@@ -157,15 +157,32 @@ def test_differences_in_speed_or_length_are_allowed_and_others_are_not():
         "same": [1, 2],
         "seed": 1,
     }
-    found = {item.field: (item.old, item.new, item.allowed) for item in compare_configs(old, new)}
+    found = {item.field: (item.old, item.new, item.harmless) for item in compare_configs(old, new)}
     assert found.pop("config.data.path") == ("a", "b", False)
     assert found.pop("config.optimizer.adamw.learning_rate") == (0.1, 0.2, False)
     assert found.pop("config.seed") == ("(absent)", 1, False)
     assert found.pop("config.mesh.fsdp") == ("(absent)", 4, True)
-    assert all(allowed for _, _, allowed in found.values())
+    assert all(harmless for _, _, harmless in found.values())
     assert "config.num_steps" in found
     assert "config.same" not in found
     assert "config.optimizer.chain" not in found
+
+
+def test_weights_of_a_mixture_and_what_is_in_it_may_change_and_a_sources_data_may_not():
+    def changed(old, new):
+        found = compare_configs({"data": {"mixture": old}}, {"data": {"mixture": new}})
+        return {item.field.removeprefix("config.data.mixture."): item.harmless for item in found}
+
+    web, books = {"path": "w", "weight": 0.7}, {"path": "b", "weight": 0.3}
+    both = {"web": web, "books": books}
+    assert changed(both, {**both, "web": {**web, "weight": 0.5}}) == {"web.weight": True}
+    assert changed({"web": web}, both) == {"books.path": True, "books.weight": True}
+    assert changed(both, {"books": books}) == {"web.path": True, "web.weight": True}
+    assert changed(both, {**both, "web": {**web, "path": "x"}}) == {"web.path": False}
+    assert changed(both, {**both, "web": {**web, "keep": "a:b"}}) == {"web.keep": False}
+    # How many of each source were read is known only of a mixture.
+    assert changed({}, both) == dict.fromkeys(changed({}, both), False)
+    assert changed(both, {}) == dict.fromkeys(changed(both, {}), False)
 
 
 def test_what_follows_two_dashes_is_the_programs_own():

@@ -24,6 +24,7 @@ from tests.testing.packages import required_package
 from tests.unit.test_checkpoint import abstract, assert_same, check_until_raised, make_state
 from trainer import checkpoint_gcs, storage
 from trainer.checkpoint import Checkpointer, CheckpointError
+from trainer.checkpoints import __main__ as at_rest
 from trainer.metrics import MetricWriter
 from trainer.mirror import Mirror
 
@@ -58,8 +59,9 @@ def restore(state: dict[str, jax.Array] | None = None) -> Any:
 
 
 def top(gcs: FakeGcs) -> list[str]:
-    """What lies right below the checkpoint directory."""
-    return sorted({name.partition("/")[0] for name in gcs.names(BUCKET, BELOW)})
+    """What lies right below the checkpoint directory, but for the note of what was verified."""
+    found = {name.partition("/")[0] for name in gcs.names(BUCKET, BELOW)}
+    return sorted(found - {"verified.json"})
 
 
 _SAVED: dict[str, Any] = {}
@@ -384,3 +386,39 @@ def test_a_listing_is_whole_over_all_its_pages(gcs):
     gcs.put(BUCKET, f"{BELOW}25/commit_success.txt", b"", {})  # By another process.
     assert checkpoint_gcs.steps_in(directory)[0] == 25
     assert directory / "25" in list(directory.iterdir()), "epath's own listings are cached"
+
+
+def test_checkpoints_at_rest_are_listed_verified_copied_and_deleted_there_too(
+    two_steps, tmp_path, capsys
+):
+    def run(*words: str, expect: int = 0) -> dict[str, Any]:
+        assert at_rest.main(list(words)) == expect
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    steps = run("list", CHECKPOINTS)["steps"]
+    assert [(step["step"], step["state"], step["resume"]) for step in steps] == [
+        (20, "complete", True),
+        (10, "complete", False),
+    ]
+    assert all(step["bytes"] > 1000 and step["saved_at"] > "2020" for step in steps)
+    # From there to here, and from here to there.
+    run("copy", CHECKPOINTS, "20", str(tmp_path / "here"))
+    run("copy", str(tmp_path / "here" / "checkpoints"), "20", f"gs://{BUCKET}/runs/b")
+    for place in (tmp_path / "here", f"gs://{BUCKET}/runs/b"):
+        restored = Checkpointer(f"{place}/checkpoints", CheckpointSpec(), config={}).restore(
+            abstract(make_state())
+        )
+        assert restored is not None
+        assert_same(restored.state, make_state(20))
+    objects = two_steps.buckets[BUCKET]
+    name = max(two_steps.names(BUCKET, f"{BELOW}20/state/"), key=len)
+    name = name if name in objects else f"{BELOW}20/state/{name}"
+    two_steps.flip(BUCKET, name, 0)
+    (report,) = run("verify", CHECKPOINTS, "20", expect=1)["verified"]
+    assert name.rpartition("/")[2] in report["problem"]
+    assert report["leaves"] is not None
+    assert run("list", CHECKPOINTS)["steps"][0]["state"] == "damaged"
+    with pytest.raises(ConfigError, match="step 10 is the only good one"):
+        at_rest.main(["delete", CHECKPOINTS, "10"])
+    run("delete", CHECKPOINTS, "20")
+    assert top(two_steps) == ["10"]

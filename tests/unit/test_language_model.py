@@ -100,6 +100,61 @@ def test_targets_are_the_inputs_moved_by_one():
     assert float(loss.weight) == 2 * 11
 
 
+def mixed(**source):
+    return {"path": "", "mixture": {"a": source}}
+
+
+def is_class(example):
+    return b"class" in bytes(example["tokens"])
+
+
+def test_text_is_packed_file_by_file_filtered_and_mixed(tmp_path):
+    texts = {"a/1": b"class A", "a/2": b"nothing", "a/3": b"class C", "b/1": b"in b", "b/2": b"bb"}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text)
+    source = {name: {"path": str(tmp_path / name), "weight": 1} for name in "ab"}
+    source["a"] |= {"weight": 3, "keep": f"{__name__}:is_class"}
+    data = {"kind": "bytes", "seq_len": 15, "packing": True, "eval_every": 0, "mixture": source}
+    task = LanguageModel(MODEL, data)
+    assert task.describe().splitlines() == [
+        "data: a mixture of",
+        "   75.0% a: 21 bytes of text in 3 files; "
+        "2 documents in 1 rows of 16 tokens, 87.5% of which are no padding",
+        "   25.0% b: 6 bytes of text in 2 files; "
+        "2 documents in 1 rows of 16 tokens, 37.5% of which are no padding",
+    ]
+    train = task.train_data(0)
+    rows = [train[i] for i in range(8)]
+    assert sorted(bytes(row["tokens"]) for row in rows) == (
+        [b"class Aclass C\0\0"] * 6 + [b"in bbb" + bytes(10)] * 2
+    )
+    spec = task.example_spec()
+    assert {name: (value.shape, value.dtype) for name, value in rows[0].items()} == {
+        name: (value.shape, value.dtype) for name, value in spec.items()
+    }
+    assert task.eval_data() is None
+    held_out = LanguageModel(MODEL, {**data, "eval_every": 2, "mixture": {"b": source["b"]}})
+    assert bytes(held_out.eval_data()[0]["tokens"]) == b"bb" + bytes(14)
+
+
+def test_only_tokens_of_the_same_document_are_targets():
+    seen = []
+
+    class Model:
+        def loss(self, *arrays):
+            seen.extend(arrays)
+
+    batch = {"tokens": jnp.array([[5, 6, 7, 8, 9, 0]], jnp.uint8)}
+    batch["segment_ids"] = jnp.array([[1, 1, 2, 2, 2, 0]])
+    LanguageModel(MODEL, DATA).loss(Model(), batch)
+    assert [array.tolist()[0] for array in seen] == [
+        [5, 6, 7, 8, 9],
+        [6, -1, 8, 9, -1],
+        [1, 1, 2, 2, 2],
+    ]
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_flops_are_palms_six_n_and_attention_per_token(tied):
     it = LanguageModel({**MODEL, "tied_head": tied}, DATA)
@@ -136,6 +191,21 @@ def test_a_sample_is_drawn_token_by_token_from_what_came_before(window):
         ({}, {"path": 3}, "config.data.path=3: must be a path or a tuple of paths"),
         ({}, {"seq_len": 0}, "config.data.seq_len=0: must be at least 1"),
         ({}, {"seqlen": 8}, "config.data.seqlen: no such field; did you mean 'seq_len'?"),
+        ({}, {"keep": "short"}, "config.data.keep='short': must be package.module:function"),
+        ({}, {"mixture": {"a": {"weight": 1}}}, "config.data.path='-': each source of mixture"),
+        ({}, mixed(weight=1), "config.data.mixture.a.path='': empty"),
+        ({}, mixed(path="-"), "config.data.mixture.a.weight: missing"),
+        ({}, mixed(path="-", weight=-1), "config.data.mixture.a.weight=-1: must be a number"),
+        (
+            {},
+            mixed(path="-", wieght=1),
+            "config.data.mixture.a.wieght: no such field; did you mean 'weight'?",
+        ),
+        (
+            {},
+            mixed(path="-", seq_len=9, weight=1),
+            "config.data.mixture.a.seq_len=9: is the same for all",
+        ),
         ({"num_kv_heads": 3}, {}, "config.model.num_kv_heads=3: must divide num_heads=4"),
     ],
 )

@@ -13,7 +13,7 @@ CASES = {
     "unknown command": (["rum"], "no command 'rum'; did you mean 'run'?"),
     "later command": (
         ["certify"],
-        "no command 'certify'; known: doctor, gc, list, logs, plan, run, status, stop",
+        "no command 'certify'; known: checkpoints, doctor, gc, list",
     ),
     "unknown flag": (["run", "--wrokdir=x"], "no flag '--wrokdir=x'; did you mean 'workdir'?"),
     "detach": (["run", "--detach=yes"], "--detach='yes': takes no value"),
@@ -29,6 +29,11 @@ CASES = {
     "no run": (["status", "/no/such"], "no run directory '/no/such'"),
     "no run directory": (["status", "/"], "'/' is no run directory: it has no run.json"),
     "two runs": (["logs", "a", "b"], "takes one RUN"),
+    "no run to list": (["checkpoints"], "muster checkpoints needs a RUN, see `muster list`"),
+    "no action": (["checkpoints", "/", "verfy"], "no action 'verfy'; did you mean 'verify'?"),
+    "no step": (["checkpoints", "/", "delete"], "write: muster checkpoints RUN delete STEP..."),
+    "no place": (["checkpoints", "/", "copy", "3"], "checkpoints RUN copy STEP DIR; got ['3']"),
+    "flag of export": (["checkpoints", "/", "--ema"], "--ema: is not a flag of muster checkpoints"),
 }
 
 

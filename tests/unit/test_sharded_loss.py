@@ -20,17 +20,29 @@ SCANNED = {"scan_layers": True, "num_layers": 2}
 KINDS = {
     "tied, everything": ({"z_loss": 0.01, "num_layers": 1}, EVERYTHING),
     "untied, everything": ({"tied_head": False, "mlp_chunk": 5, "num_layers": 1}, EVERYTHING),
+    "scanned, everything, packed": (
+        {**SCANNED, "remat": "full", "tied_head": False, "z_loss": 0.01},
+        EVERYTHING,
+    ),
     "scanned, fsdp": ({**SCANNED, "mlp_chunk": 5, "remat": "keep_qkv"}, FSDP),
     "scanned, everything": ({**SCANNED, "mlp_chunk": 5, "remat": "full"}, EVERYTHING),
 }
 
 
-def loss_and_grads(model, tokens, spec=None):
+def packing(tokens):
+    """Documents of a few tokens, the last one padding; and the targets that there are in them."""
+    segments = np.sort(np.random.default_rng(2).integers(3, size=tokens.shape))[:, ::-1]
+    same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    return jnp.asarray(segments[:, :-1].copy(), jnp.int32), jnp.where(same, tokens[:, 1:], -1)
+
+
+def loss_and_grads(model, tokens, spec=None, packed=False):
     """The mean loss and its gradients, on a mesh as a step sees it or on no mesh at all."""
     graphdef, state = nnx.split(model)
 
     def mean(state):
-        total, weight = nnx.merge(graphdef, state).loss(tokens[:, :-1], tokens[:, 1:])
+        segments, targets = packing(tokens) if packed else (None, tokens[:, 1:])
+        total, weight = nnx.merge(graphdef, state).loss(tokens[:, :-1], targets, segments)
         return total / weight
 
     if spec is None:
@@ -50,11 +62,11 @@ def loss_and_grads(model, tokens, spec=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_are_the_same_on_a_mesh(kind):
-    changes, spec = KINDS[kind]
+    (changes, spec), packed = KINDS[kind], "packed" in kind
     tokens = jnp.asarray(np.random.default_rng(1).integers(36, size=(8, 9)))
     plain = {"loss_chunk": 4096, "mlp_chunk": 0, "remat": "none"}
-    value, grads = loss_and_grads(make(**{**BIG, **changes, **plain}), tokens)
-    other, other_grads = loss_and_grads(make(**{**BIG, **changes}), tokens, spec)
+    value, grads = loss_and_grads(make(**{**BIG, **changes, **plain}), tokens, packed=packed)
+    other, other_grads = loss_and_grads(make(**{**BIG, **changes}), tokens, spec, packed)
     np.testing.assert_allclose(other, value, rtol=1e-6)
     expected = dict(nnx.to_flat_state(grads))
     for path, grad in nnx.to_flat_state(other_grads):

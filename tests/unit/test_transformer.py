@@ -9,6 +9,7 @@ from flax import nnx
 
 from launch.spec import ConfigError, build
 from trainer.models.attention import causal_attention
+from trainer.models.head_loss import token_loss
 from trainer.models.rope import Rope
 from trainer.models.transformer import Transformer
 from trainer.models.transformer_config import TransformerConfig
@@ -34,9 +35,9 @@ def make(**changes):
     return nnx.merge(graphdef, jax.tree.map(fill, state))
 
 
-def forward(model, tokens):
+def forward(model, tokens, segments=None):
     graphdef, state = nnx.split(model)
-    return jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))(state, tokens)
+    return jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args))(state, tokens, segments)
 
 
 def some_tokens(shape=(2, 8)):
@@ -73,6 +74,25 @@ def naive_attention(q_BQLH, k_BQMH, v_BQMH):
     scores = np.where(np.tril(np.ones((L, L), bool)), scores, -np.inf)
     shares = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("bqlm,bqmh->bqlh", shares / shares.sum(-1, keepdims=True), v_BQMH)
+
+
+def test_documents_of_a_row_see_nothing_of_each_other_and_are_predicted_as_if_alone():
+    model, sizes = make(num_kv_heads=2, num_layers=1), [50, 60]
+    tokens, end = some_tokens((2, 130)), 0
+    segments = np.repeat([[1, 2, 0]], [*sizes, 20], axis=1).repeat(2, axis=0)
+    segments = jnp.asarray(segments, jnp.int32)
+    targets, expected = np.full(tokens.shape, -1), 0.0
+    logits = forward(model, tokens, segments)
+    for size in sizes:
+        place, end = slice(end, end + size), end + size
+        alone = forward(model, tokens[:, place])
+        np.testing.assert_allclose(logits[:, place], alone, atol=2e-5)
+        targets[:, end - size : end - 1] = tokens[:, end - size + 1 : end]
+        expected += token_loss(alone[:, :-1], tokens[:, place][:, 1:]).total
+    graphdef, state = nnx.split(model)
+    loss = jax.jit(lambda state: nnx.merge(graphdef, state).loss(tokens, targets, segments))(state)
+    assert float(loss.weight) == 2 * (49 + 59)
+    assert float(loss.total) == pytest.approx(float(expected), rel=1e-5)
 
 
 # Computed in four chunks of queries, in two, and in one.

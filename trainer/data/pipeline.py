@@ -18,11 +18,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from launch.spec import ConfigError
+from trainer.data.refusals import check_order
 
 Batch = dict[str, np.ndarray]
-
-# Transformations that drop or add elements: after them index i is no longer example i.
-_UNSTABLE = {"FilterMapDataset": "filter()", "FlatMapMapDataset": "FlatMapTransform"}
 
 
 class BatchIterator(Iterator[Batch]):
@@ -30,7 +28,7 @@ class BatchIterator(Iterator[Batch]):
 
     Args:
       dataset: examples in training order; element i is a dict of numpy arrays, equally shaped for
-        every i. Not filtered.
+        every i. Of transformations that keep element i known from i; see `check_order`.
       global_batch_size: examples per step over all processes.
       rows: [M] int, sorted positions in [0, global_batch_size) that this process needs.
       num_threads: threads that read ahead, each a whole batch at a time; 0 reads in `__next__`.
@@ -39,11 +37,10 @@ class BatchIterator(Iterator[Batch]):
       what: how messages call this data, e.g. 'training data'.
 
     Attributes:
-      num_batches: whole global batches in `dataset`; a remainder is not used.
       wait_seconds: seconds that `__next__` has taken in all; a step waits for no other data.
 
     Raises:
-      ConfigError: the dataset is shorter than one global batch, or filtered.
+      ConfigError: the dataset is shorter than one global batch, or its order cannot be kept.
     """
 
     def __init__(
@@ -57,7 +54,7 @@ class BatchIterator(Iterator[Batch]):
         endless: bool = True,
         what: str = "training data",
     ):
-        _refuse_unstable(dataset, what)
+        check_order(dataset, what)
         if len(dataset) < global_batch_size:
             raise ConfigError(
                 "config.global_batch_size",
@@ -69,13 +66,17 @@ class BatchIterator(Iterator[Batch]):
         self._global_batch_size = global_batch_size
         self._endless = endless
         self._what = what
-        batches = _LocalBatches(dataset, global_batch_size, rows)
-        self.num_batches = len(batches)
+        batches = self._batches = _LocalBatches(dataset, global_batch_size, rows)
         options = grain.ReadOptions(
             num_threads=min(num_threads, num_prefetch), prefetch_buffer_size=num_prefetch
         )
         self._iterator = iter(batches.to_iter_dataset(options))
         self._failure: BaseException | None = None
+
+    @property
+    def num_batches(self) -> int:
+        """Whole global batches in the dataset; a remainder is not used."""
+        return len(self._batches)
 
     def __next__(self) -> Batch:
         """The next batch: dict of arrays [M, ...], rows in the order of `rows`.
@@ -168,10 +169,9 @@ class _LocalBatches(grain.MapDataset):
             or not 0 <= self._rows[0] <= self._rows[-1] < (global_batch_size)
         ):
             raise ValueError(f"rows must be sorted positions below {global_batch_size}: {rows}")
-        self._length = len(dataset) // global_batch_size
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._parent) // self._global_batch_size
 
     def __str__(self) -> str:
         return f"_LocalBatches({len(self._rows)} of {self._global_batch_size})"
@@ -229,28 +229,6 @@ def _raise_unfit(examples: Sequence[Any], indices: Sequence[int]) -> None:
                 f"example {index} of the dataset has arrays {found}, but example {indices[0]} has "
                 f"{shapes}; all must be shaped alike: pad or cut them in a map()"
             ) from None
-
-
-def _refuse_unstable(dataset: grain.MapDataset, what: str) -> None:
-    """Refuse transformations after which an index does not name one example."""
-    if not isinstance(dataset, grain.MapDataset):
-        raise ConfigError(
-            "config.task",
-            f"the {what} is {type(dataset).__name__}, and must be a grain.MapDataset: only that "
-            "can be read at any position; leave to_iter_dataset() and batch() to the trainer",
-        )
-    to_visit = [dataset]
-    while to_visit:
-        node = to_visit.pop()
-        name = _UNSTABLE.get(type(node).__name__)
-        if name:
-            raise ConfigError(
-                "config.task",
-                f"the {what} uses {name}, after which step N's examples are not known without "
-                "reading all before it; drop the examples when the data is prepared, or keep them "
-                "with a weight of 0 in the loss",
-            )
-        to_visit.extend(node.parents)
 
 
 def rows_of_process(sharding: NamedSharding, global_batch_size: int) -> np.ndarray:

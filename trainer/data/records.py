@@ -1,4 +1,4 @@
-"""Rows of tokens in ArrayRecord files, as examples of `{'tokens': [seq_len + 1]}`."""
+"""Tokens in ArrayRecord files: rows of one length, or documents of any."""
 
 from __future__ import annotations
 
@@ -14,12 +14,67 @@ from launch.spec import ConfigError, require
 from trainer.data.sources import Example
 
 
-class TokenRecords:
-    """Rows of tokens from ArrayRecord files: `{'tokens': [seq_len + 1]}` of `dtype`.
+class TokenDocuments:
+    """Documents of tokens from ArrayRecord files, of any length: `{'tokens': [n]}` of `dtype`.
 
     Args:
       files: a file, a directory of `*.array_record`, a glob, or several. Each record is the raw
-        little-endian bytes of one row, as `write_token_records` writes them.
+        little-endian bytes of one document, as `write_token_records` writes them. Every process
+        asks each file for its number of records, and then opens those that it reads from: there
+        may be fewer files than processes, or more.
+      dtype: of a token: uint8, uint16, int32, uint32 or int64.
+      field: how messages call `files`.
+
+    Raises:
+      ConfigError: no file, a damaged file, or no record.
+    """
+
+    def __init__(
+        self, files: str | Sequence[str], dtype: str = "uint16", field: str = "config.data.path"
+    ):
+        self._dtype = _token_dtype(dtype)
+        self._field = field
+        paths = _record_files(files, field)
+        try:
+            self._records = grain.sources.ArrayRecordDataSource(paths)
+        except (OSError, ValueError, RuntimeError, IndexError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(field, f"cannot be read as ArrayRecord: {reason}", files) from None
+        require(len(self._records) > 0, field, files, f"its {len(paths)} files hold no record")
+        self.num_files = len(paths)
+        # What an index of these files is kept under: they may be mounted elsewhere another time.
+        sizes = [[os.path.basename(path), os.path.getsize(path)] for path in paths]
+        self.key = [type(self).__name__, len(self._records), dtype, sizes]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        return self._getitems([int(index)])[0]
+
+    def _getitems(self, indices: Sequence[int]) -> list[Example]:
+        records = self._records.__getitems__(indices)
+        return [self._row(record, index) for record, index in zip(records, indices, strict=True)]
+
+    def _row(self, record: bytes, index: int) -> Example:
+        size = self._dtype.itemsize
+        if len(record) % size:
+            raise ConfigError(
+                self._field,
+                f"record {index} has {len(record)} bytes, which are no whole number of "
+                f"{self._dtype.name} tokens; set config.data.dtype to what was written",
+            )
+        return {"tokens": np.frombuffer(record, self._dtype)}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} of {self._dtype.name})"
+
+
+class TokenRecords(TokenDocuments):
+    """Rows of tokens, all of one length: `{'tokens': [seq_len + 1]}` of `dtype`.
+
+    Args:
+      files: as of `TokenDocuments`.
       seq_len: tokens to predict per example; a row has one more.
       dtype: of a token: uint8, uint16, int32, uint32 or int64.
       field: how messages call `files`.
@@ -36,27 +91,9 @@ class TokenRecords:
         field: str = "config.data.path",
     ):
         require(seq_len >= 1, "config.data.seq_len", seq_len, "must be at least 1")
-        self._dtype = _token_dtype(dtype)
         self._seq_len = seq_len
-        self._field = field
-        paths = _record_files(files, field)
-        try:
-            self._records = grain.sources.ArrayRecordDataSource(paths)
-        except (OSError, ValueError, RuntimeError, IndexError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(field, f"cannot be read as ArrayRecord: {reason}", files) from None
-        require(len(self._records) > 0, field, files, f"its {len(paths)} files hold no record")
+        super().__init__(files, dtype, field)
         self._getitems([0])
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: SupportsIndex) -> Example:
-        return self._getitems([int(index)])[0]
-
-    def _getitems(self, indices: Sequence[int]) -> list[Example]:
-        records = self._records.__getitems__(indices)
-        return [self._row(record, index) for record, index in zip(records, indices, strict=True)]
 
     def _row(self, record: bytes, index: int) -> Example:
         wanted = (self._seq_len + 1) * self._dtype.itemsize
@@ -65,7 +102,8 @@ class TokenRecords:
                 self._field,
                 f"record {index} has {len(record)} bytes, but seq_len={self._seq_len} needs rows "
                 f"of {self._seq_len + 1} {self._dtype.name} tokens = {wanted} bytes; set config."
-                "data.seq_len and dtype to what was written, or write the records anew",
+                "data.seq_len and dtype to what was written, pack documents of any length by "
+                "config.data.packing, or write the records anew",
             )
         return {"tokens": np.frombuffer(record, self._dtype)}
 
@@ -73,13 +111,16 @@ class TokenRecords:
         return f"TokenRecords({len(self)} rows of {self._seq_len + 1} {self._dtype.name})"
 
 
-def write_token_records(path: str, rows: Iterable[np.ndarray], dtype: str = "uint16") -> int:
-    """Write rows of tokens that `TokenRecords` reads.
+def write_token_records(
+    path: str, rows: Iterable[np.ndarray], dtype: str = "uint16", *, any_length: bool = False
+) -> int:
+    """Write rows of tokens that `TokenRecords` reads, or documents for `TokenDocuments`.
 
     Args:
       path: the file; by custom it ends in `.array_record`.
       rows: each [seq_len + 1] integers, all of one length.
       dtype: of a token in the file.
+      any_length: they are documents, whose lengths may differ.
 
     Returns:
       The number of rows written.
@@ -96,10 +137,10 @@ def write_token_records(path: str, rows: Iterable[np.ndarray], dtype: str = "uin
     num_rows, length = 0, None
     try:
         for row in map(np.asarray, rows):
-            length = len(row) if length is None else length
+            length = len(row) if length is None or any_length else length
             if row.shape != (length,):
                 raise ValueError(f"row {num_rows} is shaped {row.shape}, those before ({length},)")
-            if row.min() < limits.min or row.max() > limits.max:
+            if row.size and (row.min() < limits.min or row.max() > limits.max):
                 raise ValueError(f"row {num_rows} has a token that is no {kind.name}")
             writer.write(row.astype(kind).tobytes())
             num_rows += 1

@@ -52,26 +52,30 @@ class _SourceDataset(grain.MapDataset):
 
     def __init__(self, source: grain.sources.RandomAccessDataSource):
         super().__init__()
-        self._source = source
+        self.source = source
         self._length = len(source)
-        self._read_many = getattr(source, "_getitems", None)
 
     def __len__(self) -> int:
         return self._length
 
     def __str__(self) -> str:
-        return f"_SourceDataset({type(self._source).__name__})"
+        return f"_SourceDataset({type(self.source).__name__})"
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        return self._source[index % self._length]  # Later epochs are the same examples.
+        return self.source[index % self._length]  # Later epochs are the same examples.
 
     def _getitems(self, indices: Sequence[int]) -> Sequence[Any]:
-        within = [index % self._length for index in indices]
-        if self._read_many is not None:
-            return self._read_many(within)
-        return [self._source[index] for index in within]
+        return read_many(self.source, [index % self._length for index in indices])
+
+
+def read_many(
+    source: grain.sources.RandomAccessDataSource, indices: Sequence[int]
+) -> Sequence[Any]:
+    """Examples of a source, by its own way to read many at once where it has one."""
+    together = getattr(source, "_getitems", None)
+    return together(indices) if together else [source[index] for index in indices]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +86,13 @@ class Corpus:
       data: [N] uint8, read-only; a single file is mapped, several are held in memory.
       num_files: files in it.
       num_skipped: files that matched and could not be read.
+      ends: [num_files] int64, where each file's bytes end; None for one file.
     """
 
     data: np.ndarray
     num_files: int
     num_skipped: int
+    ends: np.ndarray | None = None
 
     @functools.cached_property
     def unigram_entropy(self) -> float:
@@ -124,15 +130,16 @@ def read_corpus(
     if not files:
         raise ConfigError("config.data.pattern", f"matches no file below {paths}", pattern)
     if len(files) == 1:
-        data, num_skipped = _map_file(files[0]), 0
+        data, ends, num_skipped = _map_file(files[0]), None, 0
     else:
-        data, num_skipped = _concatenate(files)
+        data, ends = _concatenate(files)
+        num_skipped = len(files) - len(ends)
     if num_skipped == len(files):
         raise ConfigError("config.data.path", f"none of its {num_skipped} files can be read", path)
     if not len(data):
         raise ConfigError("config.data.path", f"its {len(files)} files are empty", path)
     data.flags.writeable = False  # Examples are views: an in-place map() would change the corpus.
-    return Corpus(data, len(files) - num_skipped, num_skipped)
+    return Corpus(data, len(files) - num_skipped, num_skipped, ends)
 
 
 def _files_below(directory: str, pattern: str, exclude: Sequence[str]) -> list[str]:
@@ -154,10 +161,10 @@ def _map_file(file: str) -> np.ndarray:
         raise ConfigError("config.data.path", f"cannot be read: {error}", file) from None
 
 
-def _concatenate(files: Iterable[str]) -> tuple[np.ndarray, int]:
-    """The bytes of all files, and how many of them could not be read."""
+def _concatenate(files: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of all files that can be read, and where each one's end."""
     content = bytearray()
-    num_skipped = 0
+    ends = []
     for name in files:
         try:
             if not os.path.isfile(name):  # A pipe, say, which would block.
@@ -165,8 +172,9 @@ def _concatenate(files: Iterable[str]) -> tuple[np.ndarray, int]:
             with open(name, "rb", buffering=0) as file:
                 content += file.read()
         except OSError:
-            num_skipped += 1
-    return np.frombuffer(content, np.uint8), num_skipped
+            continue
+        ends.append(len(content))
+    return np.frombuffer(content, np.uint8), np.array(ends, np.int64)
 
 
 class ByteWindows:

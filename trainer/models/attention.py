@@ -37,7 +37,16 @@ class Attention(nnx.Module):
         fan_in = residual_fan_in(config, Q * H)
         self.out_QHD = make_weight(config, rngs, (Q, H, D), ("heads", "head_dim", "embed"), fan_in)
 
-    def __call__(self, x: Input, norm: RMSNorm, rope: Rope, batch: int, place: Place) -> jax.Array:
+    def __call__(
+        self,
+        x: Input,
+        norm: RMSNorm,
+        rope: Rope,
+        batch: int,
+        place: Place,
+        *,
+        segments_BL: jax.Array | None = None,
+    ) -> jax.Array:
         """[N, D] to [N, D], where N is `batch` sequences one after the other; normed by `norm`."""
         N = x.x.shape[0]
 
@@ -59,14 +68,25 @@ class Attention(nnx.Module):
         weights = (self.query_DQH, self.key_DKH, self.value_DKH)
         projected = enter(x.x, *(place.weight(weight, self.dtype, 1) for weight in weights))
         q_BQLH, k_BKMH, v_BKMH = (checkpoint_name(x, remat.QUERY_KEY_VALUE) for x in projected)
-        kernel = choose_kernel(self.kernel, N // batch, self.width, self.dtype, place)
-        out_BQLH = attend(q_BQLH, k_BKMH, v_BKMH, kernel)
+        packed = segments_BL is not None
+        kernel = choose_kernel(
+            self.kernel, N // batch, self.width, self.dtype, place, packed=packed
+        )
+        out_BQLH = attend(q_BQLH, k_BKMH, v_BKMH, kernel, segments_BL)
         out_ND = leave(out_BQLH, place.weight(self.out_QHD, self.dtype, 2))
         return checkpoint_name(out_ND, remat.ATTENTION_OUT)
 
 
-def choose_kernel(wanted: str, length: int, head_dim: int, dtype: str, place: Place) -> str:
+def choose_kernel(
+    wanted: str, length: int, head_dim: int, dtype: str, place: Place, *, packed: bool = False
+) -> str:
     """`splash`, `cudnn` or `xla`: what `config.model.attention` comes to at a place.
+
+    Args:
+      wanted: `config.model.attention`.
+      length, head_dim, dtype: of the queries.
+      place: where it runs.
+      packed: rows hold several documents, which do not attend to each other.
 
     Raises:
       ConfigError: a kernel was asked for by name, and does not run there.
@@ -75,8 +95,14 @@ def choose_kernel(wanted: str, length: int, head_dim: int, dtype: str, place: Pl
         return "xla"  # Kernels take one device's arrays; XLA cannot partition them.
     problem = {"splash": _no_splash, "cudnn": _no_cudnn}
     if wanted == "auto":
-        own = {"tpu": "splash", "gpu": "cudnn"}.get(place.platform or "", "xla")
+        kernels = {"tpu": "splash", "gpu": "xla" if packed else "cudnn"}
+        own = kernels.get(place.platform or "", "xla")
         return "xla" if own == "xla" or problem[own](length, head_dim, dtype, place) else own
+    if wanted == "cudnn" and packed:
+        rule = (
+            "JAX gives cuDNN no documents, and config.data.packing needs them; use 'auto' or 'xla'"
+        )
+        raise ConfigError("config.model.attention", rule, wanted)
     if wanted in problem and (why := problem[wanted](length, head_dim, dtype, place)):
         raise ConfigError("config.model.attention", f"{why}; use 'auto' or 'xla'", wanted)
     return wanted
@@ -103,13 +129,20 @@ def _no_cudnn(length: int, head_dim: int, dtype: str, place: Place) -> str:
     return f"needs an even data.seq_len, and it is {length}" if length % 2 else ""
 
 
-def attend(q_BQLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, kernel: str) -> jax.Array:
+def attend(
+    q_BQLH: jax.Array,
+    k_BKMH: jax.Array,
+    v_BKMH: jax.Array,
+    kernel: str,
+    segments_BL: jax.Array | None = None,
+) -> jax.Array:
     """Softmax attention of each position to itself and those before, by one of the kernels.
 
     Args:
       q_BQLH: [B, Q, L, H]; all query heads of a key head stand together.
       k_BKMH, v_BKMH: [B, K, L, H].
       kernel: from `choose_kernel`.
+      segments_BL: [B, L] int32; a position attends only to those of its own number.
 
     Returns:
       [B, Q, L, H], of the values' dtype.
@@ -118,8 +151,9 @@ def attend(q_BQLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, kernel: str)
         # Here: Pallas takes 0.3 s to import, and only TPUs have a use for it.
         from trainer.models.splash import splash_attention
 
-        return splash_attention(q_BQLH, k_BKMH, v_BKMH)
+        return splash_attention(q_BQLH, k_BKMH, v_BKMH, segments_BL)
     if kernel == "cudnn":
+        assert segments_BL is None  # Not chosen for them.
         q_BLQH, k_BMKH, v_BMKH = (x.transpose(0, 2, 1, 3) for x in (q_BQLH, k_BKMH, v_BKMH))
         out_BLQH = jax.nn.dot_product_attention(
             q_BLQH, k_BMKH, v_BMKH, scale=1.0, is_causal=True, implementation="cudnn"
@@ -127,11 +161,16 @@ def attend(q_BQLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, kernel: str)
         return checkpoint_name(out_BLQH.transpose(0, 2, 1, 3), remat.ATTENTION)
     B, Q, L, H = q_BQLH.shape
     K = k_BKMH.shape[1]
-    out_BKGLH = causal_attention(q_BQLH.reshape(B, K, Q // K, L, H), k_BKMH, v_BKMH)
+    out_BKGLH = causal_attention(q_BQLH.reshape(B, K, Q // K, L, H), k_BKMH, v_BKMH, segments_BL)
     return checkpoint_name(out_BKGLH.reshape(B, Q, L, H), remat.ATTENTION)
 
 
-def causal_attention(q_BKGLH: jax.Array, keys_BKMH: jax.Array, values_BKMH: jax.Array) -> jax.Array:
+def causal_attention(
+    q_BKGLH: jax.Array,
+    keys_BKMH: jax.Array,
+    values_BKMH: jax.Array,
+    segments_BL: jax.Array | None = None,
+) -> jax.Array:
     """Softmax attention of each position to itself and those before; queries come scaled.
 
     Queries are taken in up to four chunks, each of which looks only at the keys it can see: 3/8 of
@@ -140,6 +179,7 @@ def causal_attention(q_BKGLH: jax.Array, keys_BKMH: jax.Array, values_BKMH: jax.
     Args:
       q_BKGLH: [B, K, G, L, H], all query heads of a key head together.
       keys_BKMH, values_BKMH: [B, K, L, H].
+      segments_BL: [B, L] int32; a position attends only to those of its own number.
 
     Returns:
       [B, K, G, L, H], of the values' dtype.
@@ -157,7 +197,11 @@ def causal_attention(q_BKGLH: jax.Array, keys_BKMH: jax.Array, values_BKMH: jax.
             "BKXH,BKMH->BKXM", q_BKXH, k_BKMH, preferred_element_type=jnp.float32
         )
         visible_XM = jnp.tile(jnp.arange(start, end)[:, None] >= jnp.arange(end), (G, 1))
-        scores_BKXM = jnp.where(visible_XM, scores_BKXM, -1e30)
+        visible = visible_XM
+        if segments_BL is not None:
+            same_BLM = segments_BL[:, start:end, None] == segments_BL[:, None, :end]
+            visible = visible_XM & jnp.tile(same_BLM, (1, G, 1))[:, None]  # [B, 1, X, M]
+        scores_BKXM = jnp.where(visible, scores_BKXM, -1e30)
         share_BKXM = jax.nn.softmax(scores_BKXM, axis=-1).astype(v_BKMH.dtype)
         out_BKXH = jnp.einsum("BKXM,BKMH->BKXH", share_BKXM, v_BKMH)
         outs.append(out_BKXH.reshape(B, K, G, size, H))

@@ -22,8 +22,13 @@ from trainer.task import Loss
 _FAR_BELOW = -1e30  # A logit of no token: it adds nothing to the logsumexp.
 
 
-def token_loss(logits_BLV: jax.Array, targets_BL: jax.Array, z_loss: float = 0.0) -> Loss:
-    """Cross entropy + z_loss * logsumexp^2, summed over [B, L] tokens, in float32 nats."""
+def token_loss(
+    logits_BLV: jax.Array, targets_BL: jax.Array, z_loss: float = 0.0, masked: bool = False
+) -> Loss:
+    """Cross entropy + z_loss * logsumexp^2, summed over [B, L] tokens, in float32 nats.
+
+    With `masked`, over those whose target is not below 0.
+    """
     logits_BLV = logits_BLV.astype(jnp.float32)
     log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
     # A select and a sum instead of a gather, whose gradient would be a scatter: they fuse.
@@ -32,6 +37,10 @@ def token_loss(logits_BLV: jax.Array, targets_BL: jax.Array, z_loss: float = 0.0
     loss_BL = log_z_BL - target_logit_BL
     if z_loss:
         loss_BL += z_loss * jnp.square(log_z_BL)
+    if masked:
+        counts_BL = targets_BL >= 0
+        loss_BL = jnp.where(counts_BL, loss_BL, 0.0)
+        return Loss(jnp.sum(loss_BL), jnp.sum(counts_BL, dtype=jnp.float32))
     return Loss(jnp.sum(loss_BL), jnp.asarray(targets_BL.size, jnp.float32))
 
 
@@ -46,6 +55,7 @@ class HeadLoss:
       tensor: the mesh axis that splits the vocabulary, or None.
       z_loss: weight of logsumexp^2.
       align: a chunk is a multiple of it.
+      masked: a target below 0 is none, and has no part in the sum.
     """
 
     chunk: int
@@ -54,6 +64,7 @@ class HeadLoss:
     tensor: str | None
     z_loss: float
     align: int = 1
+    masked: bool = False
 
     def __call__(self, x_ND: jax.Array, head: jax.Array, targets_N: jax.Array) -> jax.Array:
         """The sum of the loss over N tokens, scalar float32, differentiable in x and head.
@@ -61,7 +72,7 @@ class HeadLoss:
         Args:
           x_ND: [N, D] hidden states of the compute dtype; on all devices of `tensor` the same.
           head: this device's shard of the weight.
-          targets_N: [N] int32 in [0, V).
+          targets_N: [N] int32 in [0, V); below 0 for none, if `masked`.
         """
         return _head_loss(self, x_ND, head, targets_N)
 
@@ -90,13 +101,17 @@ class HeadLoss:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _head_loss(how: HeadLoss, x_ND: jax.Array, head: jax.Array, targets_N: jax.Array) -> jax.Array:
     log_z_N, target_logit_N = _first_pass(how, x_ND, head, targets_N)
-    return _total(how, log_z_N, target_logit_N)
+    return _total(how, log_z_N, target_logit_N, targets_N)
 
 
-def _total(how: HeadLoss, log_z_N: jax.Array, target_logit_N: jax.Array) -> jax.Array:
+def _total(
+    how: HeadLoss, log_z_N: jax.Array, target_logit_N: jax.Array, targets_N: jax.Array
+) -> jax.Array:
     loss_N = log_z_N - target_logit_N
     if how.z_loss:
         loss_N += how.z_loss * jnp.square(log_z_N)
+    if how.masked:
+        loss_N = jnp.where(targets_N >= 0, loss_N, 0.0)
     return jnp.sum(loss_N)
 
 
@@ -140,6 +155,8 @@ def _head_loss_forward(
         share_NX = jnp.exp(logits_NX - log_z_N[:, None])
         is_target_NX = ids_X == targets_N[:, None]
         dlogits_NX = share_NX * scale_N[:, None] - is_target_NX.astype(jnp.float32)
+        if how.masked:
+            dlogits_NX = jnp.where(targets_N[:, None] >= 0, dlogits_NX, 0.0)
         dlogits_NX = dlogits_NX.astype(x_ND.dtype)
         tied = how.vocab_dim == 0
         weight_XD = whole if tied else whole.T
@@ -158,7 +175,7 @@ def _head_loss_forward(
     # All of it now: else XLA puts the last chunk's gradients off until the layers' are done, and
     # keeps what they need meanwhile (0.5 GB for 16,384 tokens of width 4096).
     return jax.lax.optimization_barrier(
-        (_total(how, log_z_N, target_logit_N), (dx_ND, dhead)),
+        (_total(how, log_z_N, target_logit_N, targets_N), (dx_ND, dhead)),
     )
 
 

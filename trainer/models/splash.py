@@ -18,13 +18,17 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from trainer.models import remat
 
-# Queries, keys, values, the output, and each query's logsumexp.
-_Known = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+# Queries, keys, values, the output, each query's logsumexp, and its document's number or None.
+_Known = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
 _BLOCKS = (512, 256, 128)  # Of queries and keys; the largest that divides L.
 
 
 def splash_attention(
-    q_BQLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, interpret: bool = False
+    q_BQLH: jax.Array,
+    k_BKMH: jax.Array,
+    v_BKMH: jax.Array,
+    segments_BL: jax.Array | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """`trainer.models.attention.attend` by JAX's Pallas kernel.
 
@@ -33,13 +37,18 @@ def splash_attention(
     """
     kernel = _kernel(q_BQLH.shape[1], q_BQLH.shape[2], interpret)
 
-    def one(qkv: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        out_QLH, (log_z_QL,) = kernel(*qkv)
+    def one(inputs: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        *qkv, segments_L = inputs
+        out_QLH, (log_z_QL,) = kernel(*qkv, _segment_ids(segments_L))
         return out_QLH, log_z_QL
 
-    made = jax.lax.map(one, jax.lax.stop_gradient((q_BQLH, k_BKMH, v_BKMH)))
+    made = jax.lax.map(one, jax.lax.stop_gradient((q_BQLH, k_BKMH, v_BKMH, segments_BL)))
     out_BQLH, log_z_BQL = (checkpoint_name(x, remat.ATTENTION) for x in made)
-    return _with_gradients(interpret, (q_BQLH, k_BKMH, v_BKMH, out_BQLH, log_z_BQL))
+    return _with_gradients(interpret, (q_BQLH, k_BKMH, v_BKMH, out_BQLH, log_z_BQL, segments_BL))
+
+
+def _segment_ids(segments_L: jax.Array | None) -> Any:
+    return None if segments_L is None else splash.SegmentIds(q=segments_L, kv=segments_L)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -61,14 +70,15 @@ def _backward(interpret: bool, known: _Known, dout_BQLH: jax.Array) -> tuple[Any
     kernel = _kernel(dout_BQLH.shape[1], dout_BQLH.shape[2], interpret)
 
     def one(known: _Known, dout_QLH: jax.Array) -> Any:
-        *qkv, out_QLH, log_z_QL = known
+        *qkv, out_QLH, log_z_QL, segments_L = known
         masks = (kernel.dq_mask_info, kernel.dkv_mask_info)
-        residuals = (*qkv, None, None, out_QLH, log_z_QL, *masks)  # Neither segments nor sinks.
+        segments = _segment_ids(segments_L)
+        residuals = (*qkv, segments, None, out_QLH, log_z_QL, *masks)  # No sinks.
         return splash_attention_kernel._splash_attention_bwd(
             **kernel.kwargs, res=residuals, do=dout_QLH
         )[3:6]
 
-    return ((*jax.vmap(one)(known, dout_BQLH), None, None),)
+    return ((*jax.vmap(one)(known, dout_BQLH), None, None, None),)
 
 
 _with_gradients.defvjp(_forward, _backward)

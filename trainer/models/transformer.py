@@ -35,6 +35,8 @@ from trainer.models.transformer_config import TransformerConfig
 from trainer.models.weights import RMSNorm, make_weight
 from trainer.task import Loss
 
+_Shared = tuple[Rope, jax.Array | None]  # What all layers read: the angles and the documents.
+
 
 class Layer(nnx.Module):
     """Attention and MLP, each normed before and added to the residual stream."""
@@ -45,10 +47,19 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: Input, rope: Rope, batch: int, place: Place) -> jax.Array:
+    def __call__(
+        self,
+        x: Input,
+        rope: Rope,
+        batch: int,
+        place: Place,
+        segments_BL: jax.Array | None = None,
+    ) -> jax.Array:
         """[N, D] to [N, D], where N is `batch` sequences one after the other."""
         x = x.within(place.row_major(x.x))
-        x_ND = x.read() + self.attention(x, self.attention_norm, rope, batch, place)
+        x_ND = x.read() + self.attention(
+            x, self.attention_norm, rope, batch, place, segments_BL=segments_BL
+        )
         x_ND = place.row_major(x_ND)
         x_ND = self.mlp(x_ND, self.mlp_norm, place)
         return x_ND if place.is_local else over_batch_axes(x_ND, batch)
@@ -67,18 +78,22 @@ class Transformer(nnx.Module):
         if not config.tied_head:
             self.head_DV = make_weight(config, rngs, (D, V), ("embed", "vocab"), D)
 
-    def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BL: jax.Array, segments_BL: jax.Array | None = None) -> jax.Array:
         """Predict every position's next token.
 
         Args:
           tokens_BL: [B, L] integers in [0, V). The logits of one outside are NaN.
+          segments_BL: [B, L] int32, which document each token is of; None for one document.
 
         Returns:
-          [B, L, V] float32 logits; those of position l depend on tokens 0 to l alone.
+          [B, L, V] float32 logits; those of position l depend on tokens 0 to l alone, and of these
+          on those of its own document.
         """
-        return self._logits(tokens_BL, WHOLE)
+        return self._logits(tokens_BL, WHOLE, segments_BL)
 
-    def loss(self, tokens_BL: jax.Array, targets_BL: jax.Array) -> Loss:
+    def loss(
+        self, tokens_BL: jax.Array, targets_BL: jax.Array, segments_BL: jax.Array | None = None
+    ) -> Loss:
         """Cross entropy in nats, plus the z-loss, summed over all tokens.
 
         Under a step's mesh each device computes its part of it from its shards of the params, and
@@ -86,25 +101,39 @@ class Transformer(nnx.Module):
 
         Args:
           tokens_BL, targets_BL: [B, L] integers in [0, V).
+          segments_BL: [B, L] int32, which document each token is of, for rows of several: attention
+            stays within. Then a target below 0 is none, and counts neither in the sum nor in its
+            weight.
         """
         place = find_place(tokens_BL.shape[0])
         graphdef, params, rest = nnx.split(self, nnx.Param, ...)
+        packed = segments_BL is not None
+        arrays = [tokens_BL, targets_BL, *([segments_BL] if packed else [])]
+        weight = jnp.sum(targets_BL >= 0, dtype=jnp.float32) if packed else _count(targets_BL)
 
-        def local(params: Any, both_B2L: jax.Array) -> jax.Array:
+        def local(params: Any, arrays_BXL: jax.Array) -> jax.Array:
             model = nnx.merge(graphdef, params, rest)
-            return model.loss_here(both_B2L[:, 0], both_B2L[:, 1], place)
+            segments_BL = arrays_BXL[:, 2] if packed else None
+            return model.loss_here(arrays_BXL[:, 0], arrays_BXL[:, 1], place, segments_BL)
 
         if not place.is_local:
-            return Loss(self.loss_here(tokens_BL, targets_BL, place), _count(targets_BL))
-        both_B2L = jnp.stack([tokens_BL, targets_BL], axis=1)
-        return Loss(summed_over_mesh(local, params, both_B2L, place), _count(targets_BL))
+            return Loss(self.loss_here(tokens_BL, targets_BL, place, segments_BL), weight)
+        arrays_BXL = jnp.stack(arrays, axis=1)
+        return Loss(summed_over_mesh(local, params, arrays_BXL, place), weight)
 
-    def loss_here(self, tokens_BL: jax.Array, targets_BL: jax.Array, place: Place) -> jax.Array:
+    def loss_here(
+        self,
+        tokens_BL: jax.Array,
+        targets_BL: jax.Array,
+        place: Place,
+        segments_BL: jax.Array | None = None,
+    ) -> jax.Array:
         """The loss of these tokens from this model's arrays: shards, where `place` is local."""
-        config = self.config
+        config, masked = self.config, segments_BL is not None
         in_one = not place.tensor and config.vocab_size <= config.loss_chunk
         if in_one or not place.is_local:
-            return token_loss(self._logits(tokens_BL, place), targets_BL, config.z_loss).total
+            logits_BLV = self._logits(tokens_BL, place, segments_BL)
+            return token_loss(logits_BLV, targets_BL, config.z_loss, masked).total
         head = self.embedding_VD if config.tied_head else self.head_DV
         head_loss = HeadLoss(
             config.loss_chunk,
@@ -113,14 +142,17 @@ class Transformer(nnx.Module):
             tensor=place.tensor,
             z_loss=config.z_loss,
             align=place.align,
+            masked=masked,
         )
-        x_ND = self._hidden(tokens_BL, place)
+        x_ND = self._hidden(tokens_BL, place, segments_BL)
         return head_loss(x_ND, head[...], targets_BL.reshape(-1).astype(jnp.int32))
 
-    def _logits(self, tokens_BL: jax.Array, place: Place) -> jax.Array:
+    def _logits(
+        self, tokens_BL: jax.Array, place: Place, segments_BL: jax.Array | None
+    ) -> jax.Array:
         """[B, L] tokens to [B, L, V] float32 logits; the vocabulary is whole."""
         config = self.config
-        x_ND = self._hidden(tokens_BL, place)
+        x_ND = self._hidden(tokens_BL, place, segments_BL)
         if config.tied_head:
             head_DV = place.weight(self.embedding_VD, config.dtype).T
         else:
@@ -128,7 +160,9 @@ class Transformer(nnx.Module):
         logits_NV = jnp.dot(x_ND, head_DV, preferred_element_type=jnp.float32)
         return logits_NV.reshape(*tokens_BL.shape, -1)
 
-    def _hidden(self, tokens_BL: jax.Array, place: Place) -> jax.Array:
+    def _hidden(
+        self, tokens_BL: jax.Array, place: Place, segments_BL: jax.Array | None
+    ) -> jax.Array:
         """[B, L] tokens to the last layer's normed output, [N, D] of the compute dtype."""
         config = self.config
         B, L = tokens_BL.shape
@@ -143,24 +177,32 @@ class Transformer(nnx.Module):
             table_VD = self.embedding_VD[...].astype(config.dtype)
             table_VD = pin(table_VD, P(P.UNCONSTRAINED, None))
             x_ND = over_batch_axes(jnp.take(table_VD, tokens_N, axis=0), B)
-        return self.norm(self._apply_layers(x_ND, rope, B, place), place)
+        return self.norm(self._apply_layers(x_ND, rope, B, place, segments_BL), place)
 
-    def _apply_layers(self, x_ND: jax.Array, rope: Rope, batch: int, place: Place) -> jax.Array:
+    def _apply_layers(
+        self,
+        x_ND: jax.Array,
+        rope: Rope,
+        batch: int,
+        place: Place,
+        segments_BL: jax.Array | None,
+    ) -> jax.Array:
         """All layers, one by one or scanned, each keeping what `remat` says for its backward."""
-        config = self.config
+        config, shared = self.config, (rope, segments_BL)
 
         # A pure function of a layer's state, which both lax.scan and jax.checkpoint want.
-        def of_layer(state: Any, x: Input, rope: Rope) -> jax.Array:
+        def of_layer(state: Any, x: Input, shared: _Shared) -> jax.Array:
             if config.scan_layers and place.batch and place.platform == "tpu":
                 state = cast_in_loop(state, x.read())
-            return nnx.merge(graphdef, state)(x, rope, batch, place)
+            rope, segments_BL = shared
+            return nnx.merge(graphdef, state)(x, rope, batch, place, segments_BL)
 
         if config.scan_layers and config.remat == "full" and place.is_local:
             graphdef, stacked = nnx.split(self.layers)
-            return loop_over_layers(of_layer, config.dtype, stacked, x_ND, rope)
+            return loop_over_layers(of_layer, config.dtype, stacked, x_ND, shared)
 
         def apply(state: Any, x_ND: jax.Array) -> jax.Array:
-            return of_layer(state, Input(x_ND), rope)
+            return of_layer(state, Input(x_ND), shared)
 
         apply = rematerialized(apply, config.remat, place, prevent_cse=not config.scan_layers)
         if not config.scan_layers:

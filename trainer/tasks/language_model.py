@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 import unicodedata
 from collections.abc import Mapping
@@ -15,51 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from launch.spec import ConfigError, build, closest, require
+from launch.spec import ConfigError, build
 from trainer.models.transformer import Transformer
 from trainer.models.transformer_config import TransformerConfig
 from trainer.task import Batch, Loss, Task
+from trainer.tasks.language_data import DataConfig, LanguageData
 
 _SAMPLE_TOKENS = 200
 _SAMPLE_WINDOW = 64  # Tokens that a sampled token can see: each costs a pass over the window.
 _TEMPERATURE = 0.8
 _NEWLINE = 10  # A byte, and what a sample of bytes starts from.
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where the tokens come from.
-
-    Attributes:
-      kind: `bytes` of any text files, or `array_record` files of token arrays.
-      path: a file, a directory or several of them; for `array_record` also globs.
-      seq_len: tokens to predict per example.
-      pattern: `bytes`: which file names in a directory to read.
-      exclude: `bytes`: names of directories to leave out.
-      eval_every: `bytes`: one block of text in how many is held out for evaluation; 0 for none.
-      eval_path: `array_record`: the held-out files; "" for none.
-      dtype: `array_record`: of a token in the file.
-    """
-
-    kind: str
-    path: Any
-    seq_len: int
-    pattern: str = "*"
-    exclude: tuple[str, ...] = ()
-    eval_every: int = 50
-    eval_path: Any = ""
-    dtype: str = "uint16"
-
-    def __post_init__(self) -> None:
-        kinds = ("bytes", "array_record")
-        require(self.kind in kinds, "kind", self.kind, closest(self.kind, kinds))
-        require(self.seq_len >= 1, "seq_len", self.seq_len, "must be at least 1")
-        for name in ("path", "eval_path"):
-            paths = getattr(self, name)
-            paths = (paths,) if isinstance(paths, str) else paths
-            ok = isinstance(paths, tuple) and all(isinstance(path, str) for path in paths)
-            require(ok, name, paths, "must be a path or a tuple of paths")
-        require(bool(self.path), "path", self.path, "empty; name a file or a directory")
 
 
 class LanguageModel(Task):
@@ -71,7 +34,8 @@ class LanguageModel(Task):
         super().__init__(model, data)
         self.model = build(TransformerConfig, model, "config.model")
         self.data = build(DataConfig, data, "config.data")
-        if self.data.kind == "bytes" and self.model.vocab_size < 256:
+        self._data = LanguageData(self.data)
+        if self._has_bytes and self.model.vocab_size < 256:
             rule = "bytes need 256 token ids; set 256, or more to make it divide by a mesh axis"
             raise ConfigError("config.model.vocab_size", rule, self.model.vocab_size)
 
@@ -84,60 +48,52 @@ class LanguageModel(Task):
 
         Args:
           model: from `make_model`.
-          batch: `tokens` [B, L + 1] integers: L inputs, and the same moved by one as targets.
+          batch: `tokens` [B, L + 1] integers: L inputs, and the same moved by one as targets. With
+            `segment_ids` [B, L + 1] int32 only tokens of the same document, which is not 0, are
+            attended to and predicted from each other.
         """
         tokens = batch["tokens"].astype(jnp.int32)
-        return model.loss(tokens[:, :-1], tokens[:, 1:])
+        segments = batch.get("segment_ids")
+        if segments is None:
+            return model.loss(tokens[:, :-1], tokens[:, 1:])
+        inputs, targets = segments[:, :-1], segments[:, 1:]
+        predicted = (inputs == targets) & (targets != 0)
+        return model.loss(tokens[:, :-1], jnp.where(predicted, tokens[:, 1:], -1), inputs)
 
     def train_data(self, seed: int) -> grain.MapDataset:
-        """Shuffled anew every epoch, for ever: elements are `{'tokens': [seq_len + 1]}`."""
-        from trainer.data.sources import training_order
-
-        return training_order(self._source("train"), seed)
+        """Shuffled anew every epoch, for ever; see `example_spec`."""
+        return self._data.train(seed)
 
     def example_spec(self) -> Mapping[str, Any]:
-        """`tokens` [seq_len + 1], of the dtype that the data has."""
-        dtype = "uint8" if self.data.kind == "bytes" else self.data.dtype
-        return {"tokens": jax.ShapeDtypeStruct((self.data.seq_len + 1,), dtype)}
+        """`tokens` [seq_len + 1], of the dtype that the data has; of packed rows `segment_ids`."""
+        shape = (self.data.seq_len + 1,)
+        spec = {"tokens": jax.ShapeDtypeStruct(shape, self._data.dtype)}
+        if self.data.packing:
+            spec["segment_ids"] = jax.ShapeDtypeStruct(shape, "int32")
+        return spec
 
     def eval_data(self) -> grain.MapDataset | None:
         """Held-out rows in their own order; None when nothing is held out."""
-        from trainer.data.sources import fixed_order
+        return self._data.held_out()
 
-        held_out = self.data.eval_every if self.data.kind == "bytes" else self.data.eval_path
-        return fixed_order(self._source("eval")) if held_out else None
+    @property
+    def _has_bytes(self) -> bool:
+        return any(part.kind == "bytes" for part in self._data.parts.values())
 
-    def _source(self, split: str) -> grain.sources.RandomAccessDataSource:
-        """Examples of `train` or `eval`, as trainer.data.sources reads them."""
-        from trainer.data import records, sources
-
-        data = self.data
-        if data.kind == "bytes":
-            return sources.ByteWindows(self._corpus, data.seq_len, split, data.eval_every)
-        path, field = (
-            (data.path, "config.data.path")
-            if split == "train"
-            else (data.eval_path, "config.data.eval_path")
-        )
-        return records.TokenRecords(path, data.seq_len, data.dtype, field)
-
-    @functools.cached_property
-    def _corpus(self) -> Any:
-        from trainer.data.sources import read_corpus
-
-        return read_corpus(self.data.path, self.data.pattern, self.data.exclude)
+    @property
+    def _entropy(self) -> float | None:
+        """The loss that a model of bytes must beat; None of other tokens, or of a mixture."""
+        if self.data.kind != "bytes" or self.data.mixture:
+            return None
+        return self._data.corpus("").unigram_entropy
 
     def describe(self) -> str:
         """How much data there is; for bytes, the loss that a model must beat."""
-        if self.data.kind != "bytes":
-            source = self._source("train")
-            return f"data: {len(source):,} rows of {self.data.seq_len + 1} tokens"
-        corpus = self._corpus
-        skipped = f" ({corpus.num_skipped} unreadable)" if corpus.num_skipped else ""
+        if (entropy := self._entropy) is None:
+            return self._data.describe()
         return (
-            f"data: {len(corpus.data):,} bytes of text in {corpus.num_files:,} files{skipped}; "
-            f"byte-unigram entropy {corpus.unigram_entropy:.3f} nats (the loss of guessing each "
-            "byte by how often it occurs)"
+            f"{self._data.describe()}; byte-unigram entropy {entropy:.3f} nats (the loss of "
+            "guessing each byte by how often it occurs)"
         )
 
     def tokens_per_example(self) -> int:
@@ -180,8 +136,8 @@ class LanguageModel(Task):
     def verdict(self, eval_loss: float) -> str:
         """The held-out loss, for bytes beside the one that a model must beat."""
         text = f"held-out loss {eval_loss:.3f} nats per token"
-        if self.data.kind == "bytes":
-            text += f" (byte-unigram entropy {self._corpus.unigram_entropy:.3f})"
+        if (entropy := self._entropy) is not None:
+            text += f" (byte-unigram entropy {entropy:.3f})"
         return text
 
     def finish(self, model: Transformer, key: jax.Array) -> Mapping[str, jax.Array]:
@@ -190,14 +146,14 @@ class LanguageModel(Task):
         Bytes go on from a newline, other tokens from id 0. A short window is run again for each
         token: slow, but it needs no cache and so no second way to compute the model.
         """
-        start = _NEWLINE if self.data.kind == "bytes" else 0
+        start = _NEWLINE if self._has_bytes else 0
         window = min(_SAMPLE_WINDOW, self.data.seq_len)
         return {"sample": sample(model, key, start=start, length=_SAMPLE_TOKENS, window=window)}
 
     def show(self, results: Mapping[str, Any]) -> str:
         """The sample as text, or as token ids where it is not bytes."""
         tokens = np.asarray(results["sample"])
-        if self.data.kind != "bytes":
+        if not self._has_bytes:
             return "the model's own tokens: " + " ".join(str(token) for token in tokens)
         return "the model's own text:\n" + printable(tokens)
 

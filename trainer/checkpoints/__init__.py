@@ -1,0 +1,1 @@
+"""Checkpoints at rest: listed, verified, deleted, copied and exported without any jax."""
