@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from launch.agent.processes import die_with_parent
 from tests.testing.chaos import schedule
 from tests.testing.gangs import ROOT, environment
@@ -16,6 +18,7 @@ FAULTS, SEED = 50, 7
 TIMEOUT_SECONDS = 1500  # Against hanging only: 2 minutes on a machine that does nothing else.
 
 
+@pytest.mark.timeout(TIMEOUT_SECONDS + 60)
 def test_fifty_faults_leave_the_same_params_moments_and_rngs_bit_for_bit(tmp_path):
     command = [sys.executable, "-m", "scripts.chaos", f"--faults={FAULTS}", f"--seed={SEED}"]
     command += [f"--folder={tmp_path / 'runs'}", f"--json={tmp_path / 'figures.json'}"]
