@@ -13,7 +13,7 @@ from tests.testing.chaos.schedule import NUM_PROCESSES, START_PHASES, Fault
 from tests.testing.chaos.world import Victim, World, variable_of
 
 _FELT_SECONDS = 10.0  # For so long a disk is full if nobody minds.
-_AHEAD = 20  # Batches that may be read beyond a fault's step.
+_AHEAD = 12  # Batches that may be read beyond a fault's step.
 _STEP_SECONDS = 0.25  # A gang that is asked to stop agrees on a step, which it must reach.
 _SIGNALS = {"kill": signal.SIGKILL, "ask": signal.SIGTERM}
 
@@ -87,8 +87,11 @@ class Deliverer:
             # Behind it is better than never: phases can be too short to be seen.
             late = phase in contract.PHASES[contract.PHASES.index(fault.when) :]
             return new and bool(phase) and late
-        if max(step, self._world.progress(1 - fault.process)[0]) < fault.step:
+        step = max(step, self._world.progress(1 - fault.process)[0])
+        if step < fault.step:
             return False
+        # A run that went on beyond it must be able to come to its next save.
+        self._open_gate(step + task.SAVE_EVERY_STEPS + 1)
         if fault.when == "saving" and not self._world.saving():
             return False
         # What is there of a gang that is gone was reported before, and nothing can befall it.
@@ -175,6 +178,7 @@ class Deliverer:
         limit = world.now() + _FELT_SECONDS
 
         def felt() -> bool:
+            self._open_gate(max(world.progress(i)[0] for i in (0, 1)) + task.SAVE_EVERY_STEPS + 1)
             died = any(victim.ended for victim in gang)
             done.felt = died or world.attempt != attempt or len(world.ended) > ended
             return done.felt or world.now() > limit

@@ -20,15 +20,16 @@ SLOW = "slow"  # {"process": 1, "seconds": 0.5}: what one batch takes there.
 CLOCK = "clock"  # By how many seconds the clock is off (hook/sitecustomize).
 FELT = "felt"  # A folder: files that say what was met.
 BATCH_SIZE = 16
+SAVE_EVERY_STEPS = 10
 _PACE_SECONDS = 0.005  # A step takes about so long: it can be hit.
 
 
 def get_config(num_steps: str) -> ConfigDict:
-    """A long row of short steps, saved every ten; `--config=FILE:120` has 120."""
+    """A long row of short steps; `--config=FILE:120` has 120."""
     config = tiny.get_config("witness")
     config.task = "tests.testing.chaos.task:Chaotic"
     config.num_steps = int(num_steps)
-    config.checkpoint.every_steps = 10
+    config.checkpoint.every_steps = SAVE_EVERY_STEPS
     config.global_batch_size = BATCH_SIZE
     return config
 
