@@ -80,6 +80,13 @@ class Deliverer:
             self._gate = step
             self._world.open_gate(step)
 
+    def _open_gate_to_next_save(self) -> None:
+        """A run that is beyond the step of a fault must still come to a save; and not much further,
+        or it would be done before its last fault."""
+        step = max(self._world.progress(process)[0] for process in range(NUM_PROCESSES))
+        every = task.SAVE_EVERY_STEPS
+        self._open_gate((step // every + 1) * every + 1)
+
     def _due(self, fault: Fault) -> bool:
         step, phase = self._world.progress(fault.process)
         if fault.when in START_PHASES:
@@ -90,8 +97,8 @@ class Deliverer:
         step = max(step, self._world.progress(1 - fault.process)[0])
         if step < fault.step:
             return False
-        # A run that went on beyond it must be able to come to its next save.
-        self._open_gate(step + task.SAVE_EVERY_STEPS + 1)
+        if fault.when == "saving":
+            self._open_gate_to_next_save()
         if fault.when == "saving" and not self._world.saving():
             return False
         # What is there of a gang that is gone was reported before, and nothing can befall it.
@@ -178,7 +185,7 @@ class Deliverer:
         limit = world.now() + _FELT_SECONDS
 
         def felt() -> bool:
-            self._open_gate(max(world.progress(i)[0] for i in (0, 1)) + task.SAVE_EVERY_STEPS + 1)
+            self._open_gate_to_next_save()
             died = any(victim.ended for victim in gang)
             done.felt = died or world.attempt != attempt or len(world.ended) > ended
             return done.felt or world.now() > limit
