@@ -332,6 +332,16 @@ def test_binary_junk_and_an_endless_line_are_kept_as_they_are(tmp_path):
     log.close()
 
 
+def test_the_stacks_of_an_abort_do_not_hide_what_was_said_before(tmp_path):
+    log = Log(str(tmp_path / "log"), 1 << 20)
+    frames = [f'  File "/x.py", line {i} in f' for i in range(100)]
+    os.write(log.fd, "\n".join(["F1129 the reason", "Fatal Python error: Aborted", ""]).encode())
+    os.write(log.fd, "\n".join(["Thread 0x00007f (most recent call first):", *frames]).encode())
+    os.write(log.fd, b"\n\nExtension modules: numpy (total: 1)\nsaid later\n  File kept\n")
+    expected = ["F1129 the reason", "Fatal Python error: Aborted", "said later", "  File kept"]
+    assert log.last_lines() == expected
+
+
 def test_the_last_lines_are_found_across_a_cut(tmp_path):
     log = Log(str(tmp_path / "log"), 30_000)
     os.write(log.fd, b"".join(b"line %d\n" % i for i in range(2000)))

@@ -28,6 +28,13 @@ ENDS = {
     "a process that never came": (-6, None, jax_ends.NEVER_CAME, True),
     "an exception, then the shutdown barrier": (-6, None, jax_ends.RAISED_THEN_ABORTED, False),
     "a barrier's time is over": (1, "jax.errors.JaxRuntimeError: DEADLINE_EXCEEDED: x", (), True),
+    "a save waits for the others": (
+        1,
+        "TimeoutError: Timed out while waiting for async_write_complete barrier.",
+        (),
+        True,
+    ),
+    "a time of its own is over": (1, "TimeoutError: Timed out while waiting for x", (), False),
     "NCCL's peer is gone": (
         1,
         "XlaRuntimeError: INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited or "

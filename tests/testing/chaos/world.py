@@ -320,7 +320,7 @@ _CLUSTER = {
         "compile_seconds": 60.0,
         "data_seconds": 8.0,
         "step_min_seconds": 8.0,
-        "save_seconds": 60.0,
+        "save_seconds": 10.0,
         "exit_seconds": 60.0,
     },
 }
