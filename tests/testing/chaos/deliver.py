@@ -14,7 +14,7 @@ from tests.testing.chaos.world import Victim, World, variable_of
 
 _FELT_SECONDS = 10.0  # For so long a disk is full if nobody minds.
 _AHEAD = 12  # Batches that may be read beyond a fault's step.
-_STEP_SECONDS = 0.25  # A gang that is asked to stop agrees on a step, which it must reach.
+_STEP_SECONDS = 0.25  # Between two more, for what is felt only by a run that goes on.
 _SIGNALS = {"kill": signal.SIGKILL, "ask": signal.SIGTERM}
 
 
@@ -87,6 +87,19 @@ class Deliverer:
         every = task.SAVE_EVERY_STEPS
         self._open_gate((step // every + 1) * every + 1)
 
+    def _wait_with_steps(self, condition: Callable[[], object], what: str) -> None:
+        """Wait for what needs further steps of the run, and let it do some."""
+        next_at = self._world.now() + _STEP_SECONDS
+
+        def check() -> object:
+            nonlocal next_at
+            if self._world.now() > next_at:
+                next_at += _STEP_SECONDS
+                self._open_gate(self._gate + 1)
+            return condition()
+
+        self._world.wait(check, what)
+
     def _due(self, fault: Fault) -> bool:
         step, phase = self._world.progress(fault.process)
         if fault.when in START_PHASES:
@@ -134,16 +147,11 @@ class Deliverer:
             if victim.send(number):
                 break
             victim.close()
-        next_at = self._world.now() + _STEP_SECONDS
-
-        def ended() -> bool:
-            nonlocal next_at
-            if number == signal.SIGTERM and self._world.now() > next_at:
-                next_at += _STEP_SECONDS
-                self._open_gate(self._gate + 1)
-            return victim.ended
-
-        self._world.wait(ended, f"end of {victim.pid} after {fault}")
+        what = f"end of {victim.pid} after {fault}"
+        if number == signal.SIGTERM:
+            self._wait_with_steps(lambda: victim.ended, what)
+        else:
+            self._world.wait(lambda: victim.ended, what)
         victim.close()
         return done
 
@@ -208,7 +216,7 @@ class Deliverer:
         done = Delivery(fault, (world.attempt,) * 2, *world.progress(fault.process))
         world.take_felt(task.SLOW)
         world.tell(task.SLOW, {"process": fault.process, "seconds": fault.seconds})
-        world.wait(lambda: world.take_felt(task.SLOW), f"anybody who meets {fault}")
+        self._wait_with_steps(lambda: world.take_felt(task.SLOW), f"anybody who meets {fault}")
         world.tell(task.SLOW, None)
         return done
 

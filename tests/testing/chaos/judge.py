@@ -126,7 +126,10 @@ def wrong_causes(records: Sequence[Mapping[str, Any]], deliveries: Sequence[Deli
 def _of_the_clock(record: Mapping[str, Any], deliveries: Iterable[Delivery]) -> bool:
     """Whether a save was given up because the clock jumped."""
     jumps = [d.fault.jump_seconds for d in deliveries if _met(d, record["attempt"])]
-    return max(jumps, default=0) > _SAVE_TIMEOUT_SECONDS and _SAVE_TIMED_OUT in record["message"]
+    return (
+        max(jumps, default=0) > _SAVE_TIMEOUT_SECONDS
+        and _SAVE_TIMED_OUT in record["message"].lower()
+    )
 
 
 def _right_guilty(record: Mapping[str, Any], delivery: Delivery) -> bool:
