@@ -64,6 +64,8 @@ def training(num_steps: int, global_batch_size: int, peak_rate: float) -> Config
     config.checkpoint.every_seconds = 1800.0
     config.checkpoint.keep_last = 2
     config.checkpoint.keep_every_steps = 10_000
+    config.checkpoint.local_dir = ""  # "/dev/shm/muster": on the hosts' own storage, too
+    config.checkpoint.local_every_steps = 0  # 0: there only when a stop leaves no time
 
     config.eval = ConfigDict()
     config.eval.every_steps = 1000

@@ -67,6 +67,8 @@ def get_config() -> ConfigDict:
     config.checkpoint.every_seconds = 0.0  # 0: off
     config.checkpoint.keep_last = 2
     config.checkpoint.keep_every_steps = 0  # 0: off
+    config.checkpoint.local_dir = ""  # "/dev/shm/muster": on the hosts' own storage, too
+    config.checkpoint.local_every_steps = 0  # 0: there only when a stop leaves no time
 
     config.eval = ConfigDict()
     config.eval.every_steps = 100

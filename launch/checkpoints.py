@@ -19,6 +19,7 @@ from launch.table import table
 from launch.times import ago, duration, seconds_of
 
 _LIMIT_SECONDS = 7 * 86400.0  # Against hanging only: there are checkpoints of many TB.
+_NAMED = 4  # Damaged leaves that are told by name; --json has them all.
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 # Actions and the flags that they take.
 _ACTIONS: dict[str, tuple[str, ...]] = {
@@ -177,8 +178,9 @@ def _verify_text(report: Mapping[str, Any]) -> str:
         if step["leaves"] == []:
             lines.append("  no leaf's numbers are changed by it")
         if step["leaves"]:
-            shown = ", ".join(step["leaves"][:8])
-            more = f" and {len(step['leaves']) - 8} more" if len(step["leaves"]) > 8 else ""
+            shown = ", ".join(step["leaves"][:_NAMED])
+            over = len(step["leaves"]) - _NAMED
+            more = f" and {over} more" if over > 0 else ""
             lines.append(f"  leaves that it hits: {shown}{more}")
     return "\n".join(lines or ["no step to verify"])
 

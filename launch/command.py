@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import IO
 
 _LOOK_SECONDS = 0.1  # Between two looks whether a command is still wanted.
 # By another interpreter, since Python's preexec_fn is not safe where there are threads.
@@ -48,6 +49,26 @@ class Done:
         """The last line of what it complained of."""
         lines = [line.strip() for line in (self.err or self.out).splitlines() if line.strip()]
         return lines[-1] if lines else f"exit code {self.exit_code}"
+
+
+def start(
+    argv: Sequence[str], *, out: IO[bytes], env: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own, which is killed should this process be.
+
+    Args:
+      argv: the command and its arguments.
+      out: where its output and errors go.
+      env: over this process's own.
+    """
+    return subprocess.Popen(
+        (sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), *argv),
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def run(

@@ -36,6 +36,7 @@ DEVICES_PER_PROCESS = "MUSTER_DEVICES_PER_PROCESS"
 PROGRESS_FILE = "MUSTER_PROGRESS_FILE"
 FAILURE_FILE = "MUSTER_FAILURE_FILE"  # where a process says which exception ends it
 STACKS_FILE = "MUSTER_STACKS_FILE"  # where its Python stacks are written when they are asked for
+CERTIFY_PLAN = "CERTIFY_PLAN"  # the faults and records that `muster certify` asks a training for
 DEADLINE_FILE = "MUSTER_DEADLINE_FILE"  # says when a process that was told to stop is killed
 STORAGE_DIR = "MUSTER_STORAGE_DIR"  # where a run on machines that come and go keeps what lasts
 
@@ -71,6 +72,7 @@ PLAN_RECORD = "plan.json"  # what the step needs on a cluster (trainer.plan), an
 PLAN_TEXT = "plan.txt"
 CHECKPOINTS = "checkpoints"
 DATA_INDEX = "data"  # Indices of the data: what a filter keeps, which documents share a row.
+LOCAL_RECORD = "local_checkpoints.json"  # by which number the hosts' own storage knows the run
 ATTEMPTS = "attempts"
 STACKS = "stacks"  # in an attempt's directory
 LIVE_RECORD = "live.json"  # how the gang stands, while there is one

@@ -21,6 +21,9 @@ Muster starts one program on many processes, keeps them together and says what b
       and the least time of a step
   muster plan --search --config=FILE --cluster=FILE [--accelerators=TYPE,...] [--json]
       the same over meshes, remat, microbatches and sharding; a table of what fits and is quickest
+  muster certify --config=FILE --cluster=FILE --workdir=DIR [--config.x.y=V] [--json]
+      prove that a run that is killed and resumed is the same run, on that very cluster
+
   muster list [--json] [--prune]
       every run you have started, and how it stands
   muster status RUN [--json]
@@ -62,6 +65,15 @@ flags of plan --search:
   --compile=N               how many of the best are compiled (6); the others are estimated
   --parallel=N              how many at once; half the cores by default
 
+flags of certify:
+  --steps=N                 how long its runs are (12)
+  --interruptions=NAME,...  PHASE:KIND of restore, compile, step, save, eval and kill, kill_one,
+                            exception, sigterm, twice; or none
+  --topologies=NAME,...     fewer, more, mesh; or none
+  --parallel=N              how many runs at once
+  --seed=N                  of where and whom the interruptions hit (0)
+  --keep                    keep the runs' checkpoints, which are deleted when all is well
+
 exit codes: 0 done, 1 the program failed, 2 the command or config is wrong,
             75 stopped early, to be resumed by the same command
 """
@@ -77,6 +89,16 @@ _FLAGS: dict[str, dict[str, bool]] = {
         "compile": False,
         "parallel": False,
     },
+    "certify": {
+        "workdir": False,
+        "json": True,
+        "steps": False,
+        "interruptions": False,
+        "topologies": False,
+        "parallel": False,
+        "seed": False,
+        "keep": True,
+    },
     "list": {"json": True, "prune": True},
     "status": {"json": True},
     "logs": {"process": False, "attempt": False, "follow": True},
@@ -86,7 +108,7 @@ _FLAGS: dict[str, dict[str, bool]] = {
     "doctor": {"workdir": False, "wait": False},
 }
 _CONFIG_FLAGS = ("config", "cluster")
-_WITH_CONFIGS = ("run", "plan", "doctor")
+_WITH_CONFIGS = ("run", "plan", "certify", "doctor")
 
 
 def console() -> None:
@@ -132,6 +154,10 @@ def _dispatch(argv: list[str]) -> int:
         from launch.plan.command import plan
 
         return plan(arguments, flags)
+    if command == "certify":
+        from launch.certify.command import certify
+
+        return certify(arguments, flags, ["muster", *argv])
     if command == "doctor":
         from launch.doctor import doctor
 

@@ -2,8 +2,9 @@
 
 What `leaf_digest` says of the whole array comes out, whatever the sharding. One small program for
 every kind of leaf (shape, dtype, sharding) sums on each device what is there; another one adds up
-the sums of all leaves, which is the only communication. Leaves that are small and whole on every
-process are digested on the host: a program for each kind would take 0.1 s to compile.
+the sums of all leaves, which is the only communication. Of leaves that are whole on every device
+each process digests one copy: by itself, and on the host if they are small, for a program of each
+kind takes 0.1 s to compile.
 """
 
 from __future__ import annotations
@@ -30,28 +31,30 @@ def digests(state: Mapping[str, jax.Array]) -> dict[str, str]:
     """Digests of the leaves that can have one, by name.
 
     Collective: every process must call this. Where a process has other numbers than the rest in
-    its copy of a small leaf, its digest differs from theirs.
+    its copy of a leaf, its digest differs from theirs.
 
     Args:
       state: name -> array; sharded over one mesh, or all on one device.
     """
     state = {name: leaf for name, leaf in state.items() if has_digest(leaf)}
-    small = {name: _data(leaf) for name, leaf in state.items() if _is_small(leaf)}
+    # What is whole on every device is digested once per process, and on the host if it is small.
+    whole = {n: _own(leaf) for n, leaf in state.items() if leaf.sharding.is_fully_replicated}
+    small = {name: leaf for name, leaf in whole.items() if leaf.size <= _SMALL}
+    large = {name: _partial(leaf) for name, leaf in whole.items() if name not in small}
+    parts = {name: _partial(leaf) for name, leaf in state.items() if name not in whole}
     found = {name: leaf_digest.leaf_digest(a) for name, a in jax.device_get(small).items()}
-    names = [name for name in state if name not in found]
-    if not names:
-        return found
-    parts = []  # Of every leaf [devices, 2] uint32, each row where its device is.
-    for name in names:
-        leaf = state[name]
-        parts.append(_partial_program(leaf.shape, leaf.dtype, leaf.sharding)(leaf))
-    where = state[names[0]].sharding
-    total = _total_program(where.mesh if isinstance(where, NamedSharding) else None)
-    sums = jax.device_get(total(parts))
-    return found | {
-        name: leaf_digest.as_text(int(first), int(second))
-        for name, (first, second) in zip(names, sums, strict=True)
-    }
+    sums = {name: rows[0] for name, rows in jax.device_get(large).items()}
+    if parts:
+        mesh = next(state[name].sharding.mesh for name in parts)
+        rows = jax.device_get(_total_program(mesh)(list(parts.values())))
+        sums |= dict(zip(parts, rows, strict=True))
+    found |= {name: leaf_digest.as_text(int(one), int(two)) for name, (one, two) in sums.items()}
+    return {name: found[name] for name in state}
+
+
+def _partial(leaf: jax.Array) -> jax.Array:
+    """What every device of a leaf has to add: [devices, 2] uint32, each row where its device is."""
+    return _partial_program(leaf.shape, leaf.dtype, leaf.sharding)(leaf)
 
 
 @functools.cache
@@ -70,10 +73,9 @@ def local_program(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
 
 
 @functools.cache
-def _total_program(mesh: Mesh | None) -> Any:
+def _total_program(mesh: Mesh) -> Any:
     """The program that adds up the parts of all leaves: the result is on every process."""
-    everywhere = None if mesh is None else NamedSharding(mesh, P())
-    return jax.jit(_total, out_shardings=everywhere)
+    return jax.jit(_total, out_shardings=NamedSharding(mesh, P()))
 
 
 def has_digest(leaf: Any) -> bool:
@@ -81,13 +83,8 @@ def has_digest(leaf: Any) -> bool:
     return leaf_digest.can_digest(str(leaf.dtype))
 
 
-def _is_small(leaf: jax.Array) -> bool:
-    """Whether to digest it on the host; decided alike on every process."""
-    return leaf.size <= _SMALL and leaf.sharding.is_fully_replicated
-
-
-def _data(leaf: jax.Array) -> jax.Array:
-    """A leaf that is whole on every device, as it is on one of this process's."""
+def _own(leaf: jax.Array) -> jax.Array:
+    """A leaf that is whole on every device, as it is on the first one of this process's."""
     own = leaf.addressable_data(0)
     return jax.random.key_data(own) if _is_key(own) else own
 

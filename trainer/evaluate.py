@@ -23,12 +23,16 @@ EvalStep = Callable[[Sequence[jax.Array], Batch], Loss]
 
 
 def make_evaluate(
-    spec: TrainSpec, task: Task, layout: StateLayout, stop: StopSignal
+    spec: TrainSpec,
+    task: Task,
+    layout: StateLayout,
+    stop: StopSignal,
+    through: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
 ) -> Callable[[Leaves], float] | None:
     """Mean loss over the first `eval.num_batches` held-out batches; None without any.
 
     The evaluation step is compiled at its first use. What is returned raises Stopped, on all
-    processes alike, where `stop` says so before a batch.
+    processes alike, where `stop` says so before a batch. The batches go `through` a function.
     """
     dataset = task.eval_data() if spec.eval.every_steps else None
     if dataset is None:
@@ -42,7 +46,7 @@ def make_evaluate(
                 step = make_eval_step(task, layout, spec.eval.params)
                 compiled.append(compile_eval_step(step, layout, feed.abstract()))
             batches = itertools.islice(until_stopped(feed, stop), spec.eval.num_batches)
-            return mean_loss(compiled[0], leaves, batches)
+            return mean_loss(compiled[0], leaves, through(batches))
         finally:
             feed.close()
 

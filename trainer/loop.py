@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ from launch.contract import report_progress
 from trainer.checkpoint import Checkpointer
 from trainer.data.feed import Feed
 from trainer.distributed import broadcast, say
+from trainer.local_checkpoints import LocalCheckpoints
 from trainer.preemption import Stopped, StopSignal
-from trainer.replicas import ReplicaCheck
+from trainer.replicas import ReplicaCheck, ReplicaError
 from trainer.report import Reporter
 from trainer.state import Leaves, StateLayout
 
@@ -33,6 +35,7 @@ class Loop:
         when there is nothing left to train.
       batches: this process's part of every global batch, as global arrays.
       saver: checkpoints.
+      local: checkpoints on the hosts' own storage; None without.
       reporter: metrics.
       replicas: looks for silent corruption.
       stop: whether all processes stop here.
@@ -47,6 +50,7 @@ class Loop:
     train_step: Callable[[Leaves, Any], tuple[Leaves, Any]] | None
     batches: Feed
     saver: Checkpointer
+    local: LocalCheckpoints | None
     reporter: Reporter
     replicas: ReplicaCheck
     stop: StopSignal
@@ -80,14 +84,18 @@ class Loop:
                 # A process whose data was not worth waiting for does all of this as the others do.
                 ended = step == self.num_steps
                 if self.replicas.due(step):  # Before a save, which must hold nothing corrupted.
-                    self.replicas.check(step, leaves)
+                    self._check_replicas(step, leaves)
                 if ended or self.saver.due(step, logging_step=step % self.log_every_steps == 0):
                     self._save(leaves, step, position, final=ended)
+                elif self.local and self.local.due(step):
+                    self._save_locally(self.local, leaves, step, position)
                 if self.evaluate and self._eval_due(step):
                     cut = not self._evaluate(leaves, step, self.evaluate)
                 if self.saver.check():
                     # The launcher asks for a stop so early that another save fits.
                     report_progress(step, "step", save_seconds=self.saver.last_save_seconds)
+                    if self.local:
+                        self.local.committed(self.saver.good_step)
             stopped = step < self.num_steps
             if stopped and step > first:
                 self._save_in_time(leaves, step, position)
@@ -107,19 +115,25 @@ class Loop:
     def _save_in_time(self, leaves: Leaves, step: int, position: Any) -> None:
         """The last save of a stopped run, unless it would not be done before the process is killed.
 
-        The time that the save before took is what is known; without one it is tried.
+        The time that the save before took is what is known; without one it is tried. What may not
+        be done in time goes to the hosts' own storage, where that is to be had.
         """
         left, takes = self.stop.seconds_left(), self.saver.last_save_seconds
         # One that is on its way is waited for first.
         needed = (takes or 0.0) * _SLOWER * (2 if self.saver.saving else 1)
         fits = left is None or takes is None or needed < left
-        if broadcast("stop/save", fits):
+        certain = left is None or (takes is not None and fits)
+        fits, certain = broadcast("stop/save", (fits, certain))
+        if not fits:
+            say(
+                f"told to stop with {left or 0:.0f} s left, and the last save took "
+                f"{takes or 0:.1f} s: no other is begun"
+            )
+        if self.local and not certain:
+            self._save_locally(self.local, leaves, step, position)
+        if fits:
             self._save(leaves, step, position, final=True)
             return
-        say(
-            f"told to stop with {left or 0:.0f} s left, and the last save took {takes or 0:.1f} s: "
-            "no other is begun"
-        )
         self.reporter.flush()
         self.saver.wait()
 
@@ -129,6 +143,24 @@ class Loop:
         report_progress(step, "save")
         state = self.layout.as_dict(leaves)
         self.reporter.spent_saving(self.saver.save(step, state, position, final=final))
+        report_progress(step, "step")
+
+    def _check_replicas(self, step: int, leaves: Leaves) -> None:
+        try:
+            self.replicas.check(step, leaves)
+        except ReplicaError:
+            if self.local:
+                self.local.distrust()  # The next attempt would begin with it.
+            raise
+
+    def _save_locally(
+        self, local: LocalCheckpoints, leaves: Leaves, step: int, position: Any
+    ) -> None:
+        self.reporter.flush()
+        report_progress(step, "save")
+        began = time.perf_counter()
+        local.save(step, self.layout.as_dict(leaves), position)
+        self.reporter.spent_saving(time.perf_counter() - began)
         report_progress(step, "step")
 
     def _eval_due(self, step: int) -> bool:

@@ -162,7 +162,7 @@ class Reporter:
         metrics = self._read()
         rates = self._throughput.measure(step, self._wait_seconds, self._saving_seconds)
         loss = float(metrics["loss"])
-        count = _updates_before(step, metrics)
+        count = updates_before(step, metrics)
         report_progress(step, "step", loss=loss)
         if self._output:
             wait, saving = self._logged
@@ -195,7 +195,7 @@ class Reporter:
             return float(schedule(count))
 
 
-def _updates_before(step: int, metrics: Any) -> int:
+def updates_before(step: int, metrics: Any) -> int:
     """How many updates had been made before a step: the count that a schedule was asked with."""
     skipped = sum(int(metrics.get(name, 0)) for name in _SKIPS)
     return step - 1 - skipped + (int(metrics.get("skipped_in_a_row", 0)) > 0)

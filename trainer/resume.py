@@ -34,7 +34,7 @@ from trainer.init_from import Source, find_source
 from trainer.restore_plan import RestorePlan
 from trainer.state import Leaves, StateLayout, init_state
 
-_BEGAN = "optimizer_began"  # In a step's META.
+OPTIMIZER_BEGAN = "optimizer_began"  # In a step's META.
 _SHOWN = 8  # Differences in one line.
 
 
@@ -95,9 +95,11 @@ class Resume:
                 restored.step,
                 self._leaves(restored),
                 restored.data_position,
-                restored.step if self._optimizer_is_fresh else restored.meta.get(_BEGAN, 0),
+                restored.step
+                if self._optimizer_is_fresh
+                else restored.meta.get(OPTIMIZER_BEGAN, 0),
             )
-            saver.keep(**{_BEGAN: began.optimizer_began})
+            saver.keep(**{OPTIMIZER_BEGAN: began.optimizer_began})
         elif self._spec.init_from:
             began = Beginning(0, self._leaves(self._from_another()), None)
         else:

@@ -14,7 +14,7 @@ import jax
 from launch import contract
 from launch.spec import TrainSpec
 from launch.topology import peak_flops
-from trainer import distributed, fingerprint, storage
+from trainer import certify, distributed, fingerprint, storage
 from trainer.checkpoint import Checkpointer
 from trainer.data.feed import Feed
 from trainer.data.index import keep_in
@@ -23,6 +23,8 @@ from trainer.data.same import check_gang
 from trainer.distributed import say
 from trainer.evaluate import make_evaluate
 from trainer.finish import finish
+from trainer.local_checkpoints import LocalCheckpoints
+from trainer.local_resume import begin_locally
 from trainer.loop import Loop
 from trainer.mesh import make_mesh
 from trainer.metrics import Throughput
@@ -31,7 +33,7 @@ from trainer.preemption import StopSignal
 from trainer.prepare import prepare
 from trainer.replicas import ReplicaCheck
 from trainer.report import Output, Reporter
-from trainer.resume import Resume
+from trainer.resume import OPTIMIZER_BEGAN, Resume
 from trainer.schedules import remarks
 from trainer.state import StateLayout
 from trainer.step import compile_train_step, make_train_step
@@ -56,6 +58,10 @@ def train(
     Returns:
       The exit code: EXIT_DONE, or EXIT_RESUMABLE when stopped early with a checkpoint.
     """
+    probe = certify.asked_for()  # None, unless `muster certify` runs this.
+    if probe:
+        spec = probe.shortened(spec)
+
     # ------------------------------------------------------------------ mesh and state's layout
     mesh = make_mesh(spec.mesh)
     optimizer, layout, ledger, notes = prepare(spec, task, mesh)
@@ -68,7 +74,7 @@ def train(
     index = None if storage.is_remote(workdir) else os.path.join(workdir, contract.DATA_INDEX)
     keep_in(index, alive=lambda: contract.report_progress(0, "init"))
     feed = Feed(training_data(task, spec.seed), spec.global_batch_size, mesh, "training data")
-    evaluate = make_evaluate(spec, task, layout, stop)
+    evaluate = make_evaluate(spec, task, layout, stop, probe.evaluating if probe else iter)
     contract.report_progress(0, "init")
     check_gang(feed.identity)
     if distributed.is_lead() and (text := task.describe()):
@@ -88,7 +94,16 @@ def train(
 
     # ------------------------------------------------------------------ restore, or a fresh state
     contract.report_progress(0, "restore")
-    beginning = Resume(spec, workdir, {"config": config, **software}, layout).begin(saver)
+    if probe:
+        probe.restoring(saver, feed)
+    record = {"config": config, **software}
+    local = None
+    if spec.checkpoint.local_dir:
+        local = LocalCheckpoints(spec.checkpoint, workdir, record)
+    beginning = begin_locally(local, saver, layout) if local else None
+    beginning = beginning or Resume(spec, workdir, record, layout).begin(saver)
+    if local:
+        local.keep(**{OPTIMIZER_BEGAN: beginning.optimizer_began})
     step, leaves = beginning.step, beginning.leaves
     if beginning.data_position is not None:
         other_data = allows_other_data(spec.restore.allow_change)
@@ -97,7 +112,9 @@ def train(
     if distributed.is_lead():  # Not before: a config that is refused must leave no trace.
         _write_json(workdir, contract.CONFIG_RECORD, {"schema": contract.SCHEMA, **config})
     stop.step = step
-    stop.standing = lambda: standing(saver, stop.step)
+    stop.standing = lambda: standing(saver, local, stop.step)
+    if probe:
+        probe.restored(step, leaves, layout, optimizer, task)
 
     # ------------------------------------------------------------------ compile
     contract.report_progress(step, "compile")
@@ -105,7 +122,8 @@ def train(
     if step < spec.num_steps:
         began = time.monotonic()
         update = make_train_step(task, layout, num_microbatches=spec.num_microbatches)
-        train_step = compile_train_step(update, layout, feed.abstract(), check=check_program)
+        check = probe.compiling(check_program) if probe else check_program
+        train_step = compile_train_step(update, layout, feed.abstract(), check=check)
         say(f"compiled the training step in {time.monotonic() - began:.1f} s")
     else:
         say(f"already at step {step}: --config.num_steps={2 * step}, say, trains on")
@@ -114,7 +132,11 @@ def train(
     output = Output(workdir, step) if distributed.is_lead() else None
     # What is logged up to a step must not be lost when that step is resumed from.
     saver.before_commit = output.flush if output else None
+    if local:
+        local.before_save = saver.before_commit
     reporter = make_reporter(spec, task, layout, optimizer, output, began=beginning.optimizer_began)
+    if probe:
+        train_step = probe.looping(train_step, feed, saver)
     with output or contextlib.nullcontext():
         loop = Loop(
             layout=layout,
@@ -124,6 +146,7 @@ def train(
             train_step=train_step,
             batches=feed,
             saver=saver,
+            local=local,
             reporter=reporter,
             replicas=ReplicaCheck(layout, spec.check_replicas_every_steps),
             stop=stop,
@@ -134,15 +157,19 @@ def train(
     # ------------------------------------------------------------------ finish
     contract.report_progress(ended.step, "eval")
     if ended.stopped:
-        say(f"told to stop: {standing(saver, ended.step)}; the same command goes on from there")
+        kept = standing(saver, local, ended.step)
+        say(f"told to stop: {kept}; the same command goes on from there")
     else:
         loss = reporter.last_eval_loss
         say(f"done at step {ended.step}" + (f": {task.verdict(loss)}" if loss is not None else ""))
-        finish(task, layout, ended.leaves, spec.eval.params, spec.seed)
+        if not probe:  # What is shown at the end proves nothing.
+            finish(task, layout, ended.leaves, spec.eval.params, spec.seed)
     say(f"checkpoints: {saver.directory}" + (f" ({saver.cost})" if saver.cost else ""))
     say(f"metrics and TensorBoard events: {workdir}")
     contract.report_progress(ended.step, "save")
     saver.close()  # Waits for what is still being written.
+    if local:
+        local.close(saver.good_step)
     stop.saved()
     feed.close()
     return contract.EXIT_RESUMABLE if ended.stopped else contract.EXIT_DONE
@@ -155,15 +182,17 @@ def allows_other_data(allow_change: Sequence[str]) -> bool:
     return bool(groups & {"data", "seed", "task", "code", "versions"})
 
 
-def standing(saver: Checkpointer, step: int) -> str:
+def standing(saver: Checkpointer, local: LocalCheckpoints | None, step: int) -> str:
     """What is kept of a run that ends at `step`, and what is lost."""
-    kept = saver.good_step
+    kept, where = saver.good_step, ""
+    if local and local.kept and (kept is None or local.kept[0] > kept):
+        kept, where = local.kept[0], " on the hosts' own storage"
     if kept is None:
         return f"nothing is saved yet, {step} steps are lost" if step else "nothing is lost"
     if kept >= step:
-        return f"step {kept} is saved"
+        return f"step {kept} is saved{where}"
     lost = step - kept
-    return f"step {kept} is kept, {lost} step{'s are' if lost > 1 else ' is'} lost"
+    return f"step {kept} is kept{where}, {lost} step{'s are' if lost > 1 else ' is'} lost"
 
 
 def make_reporter(

@@ -106,17 +106,38 @@ class CheckpointSpec:
 
     `every_seconds` is decided by the lead process at logging steps. The newest `keep_last` steps
     stay, and every step that `keep_every_steps` divides.
+
+    `local_dir` is a directory on every host's own storage, `/dev/shm/muster` say; `{host}` in it
+    is the host's name. Steps are saved there every `local_every_steps`, and, also where that is 0,
+    when a stop leaves too little time for a shared checkpoint. "" turns it off.
     """
 
     every_steps: int = 0
     every_seconds: float = 0.0
     keep_last: int = 2
     keep_every_steps: int = 0
+    local_dir: str = ""
+    local_every_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "every_seconds", "keep_every_steps"):
+        for name in ("every_steps", "every_seconds", "keep_every_steps", "local_every_steps"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 (off) or more")
         require(self.keep_last >= 1, "keep_last", self.keep_last, "must be at least 1")
+        rest = self.local_dir.replace("{host}", "")
+        require(
+            not self.local_dir or (self.local_dir.startswith("/") and not set("{}") & set(rest)),
+            "local_dir",
+            self.local_dir,
+            'must be an absolute path on the hosts\' own storage, in which only "{host}" is filled '
+            'in; "" turns it off',
+        )
+        require(
+            bool(self.local_dir) or not self.local_every_steps,
+            "local_every_steps",
+            self.local_every_steps,
+            "needs checkpoint.local_dir, a directory on every host's own storage; set it, or this "
+            "to 0",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from launch import contract
 from tests.testing import tiny
@@ -43,6 +44,7 @@ class Training(MusterCommand):
         return done.stdout + done.stderr
 
 
+@pytest.mark.timeout(600)  # Five gangs, one after the other, on a machine that may be busy.
 def test_the_story_of_a_run_that_is_changed_started_from_copied_and_damaged(tmp_path):
     training = Training(tmp_path)
     training.edit(1.0)

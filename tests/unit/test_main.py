@@ -11,10 +11,7 @@ CLUSTER = "--cluster=configs/cluster/local.py"
 
 CASES = {
     "unknown command": (["rum"], "no command 'rum'; did you mean 'run'?"),
-    "later command": (
-        ["certify"],
-        "no command 'certify'; known: checkpoints, doctor, gc, list",
-    ),
+    "no command like it": (["zzz"], "no command 'zzz'; known: certify, checkpoints, doctor, gc"),
     "unknown flag": (["run", "--wrokdir=x"], "no flag '--wrokdir=x'; did you mean 'workdir'?"),
     "detach": (["run", "--detach=yes"], "--detach='yes': takes no value"),
     "list": (["list", "x"], "muster list takes no argument; got ['x']"),

@@ -48,7 +48,7 @@ def find(step: Path, *, name_leaves: bool = True) -> Finding:
     return Finding(problem, usable=True)
 
 
-def leaves_in_words(leaves: Sequence[str] | None, most: int = 8) -> str:
+def leaves_in_words(leaves: Sequence[str] | None, most: int = 4) -> str:
     """`it hits model.up.kernel and 3 more leaves`; "" where that is not known."""
     if leaves is None:
         return ""

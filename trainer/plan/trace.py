@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.interpreters import partial_eval
 from jax.sharding import AxisType, Mesh
 
 from launch.spec import AXES, MeshSpec, TrainSpec
@@ -133,6 +134,8 @@ def _traced(task: Task, layout: StateLayout, number: int, halved: bool) -> _Figu
     ):
         forward = jax.make_jaxpr(pull_back)(params, rest, batch).jaxpr
         whole = jax.make_jaxpr(gradient)(params, rest, batch).jaxpr
+    # Without what nothing needs, as XLA compiles it (`trainer.models.layer_loop` leaves some).
+    whole, _ = partial_eval.dce_jaxpr(whole, [True] * len(whole.outvars))
     # Weights' gradients, whole or a layer's, are counted with the weights.
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
     weights = {tuple(sorted(dims)) for shape in shapes for dims in (shape, shape[1:])}
