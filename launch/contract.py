@@ -6,6 +6,7 @@ anything can read the same environment variables; they are a stable interface.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -226,6 +227,16 @@ class _ProgressReporter:
 _reporters: dict[str, _ProgressReporter] = {}  # By progress file.
 
 
+def _report_again(**extra: object) -> None:
+    """Add to the newest report of this process, if there is one."""
+    path = os.environ.get(PROGRESS_FILE, "")
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with open(path, encoding="ascii") as file:
+            record = json.load(file)
+        if path in _reporters:
+            report_progress(int(record["step"]), record["phase"], **extra)
+
+
 def report_exit() -> None:
     """Say that this process is leaving, if it has reported anything, by whatever means."""
     path = os.environ.get(PROGRESS_FILE, "")
@@ -293,7 +304,13 @@ def record_failure(error: BaseException, accuses: Sequence[int] = ()) -> None:
             "monotonic": time.monotonic(),
             "accuses": list(accuses or getattr(error, "accuses", ())),
         }
-        write_atomically(path, json.dumps(record), mode=0o600)
+        try:
+            write_atomically(path, json.dumps(record), mode=0o600)
+        except OSError:
+            # A full disk may be what ends it. The file of its progress is there, and stays as long.
+            brief = {"message": _shortened(str(error), 400), "traceback": ""}
+            _report_again(failure={**record, **brief})
+            raise
     except Exception as problem:  # The program's own error must be seen, not this one.
         print(f"muster: the exception is not recorded: {problem}", file=sys.stderr, flush=True)
 
@@ -323,6 +340,11 @@ def write_atomically(path: str | os.PathLike[str], text: str, mode: int = 0o666)
     # The process id keeps two writers of one path from meeting in the temporary file.
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with open(fd, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    try:
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)  # On a full disk, half of it.
+        raise

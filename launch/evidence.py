@@ -30,6 +30,7 @@ _PEER_GONE = re.compile(
 _PEER_GONE_IN_PLAIN = re.compile(
     r"\bGloo [\w-]+ failed|gloo/transport/|tensorflow\.CoordinationServiceError"
     r"|/(xla|tensorflow)\.coordination\.CoordinationService/"
+    r"|Timed out while waiting for \w+ barrier"  # Orbax, of processes that do not come.
 )
 _JAX_ERRORS = ("JaxRuntimeError", "XlaRuntimeError")
 _UNHEALTHY = re.compile(

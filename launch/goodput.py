@@ -41,6 +41,9 @@ class AttemptTimes:
       first_step, last_step: that it reported; None if it never did.
       resumed_step: the checkpoint's that it went on from; None where that is not on record.
       queued_since: when it began to wait for its machines; None where nothing is waited for.
+      wall_seconds: from its start to its end by a steady clock; None where only the times above are
+        known, which are wrong where a clock was set meanwhile.
+      waited_seconds: likewise, from the end of the attempt before to its start.
       wanted_after: whether the run should have gone on after it. Time after a stop by the user or
         after completion is no part of the run.
     """
@@ -52,6 +55,8 @@ class AttemptTimes:
     last_step: int | None = None
     resumed_step: int | None = None
     queued_since: float | None = None
+    wall_seconds: float | None = None
+    waited_seconds: float | None = None
     wanted_after: bool = True
 
 
@@ -94,14 +99,22 @@ def goodput(
     clock = min(first.started_at, first.queued_since or first.started_at)
     wanted = True
     for index, attempt in enumerate(attempts):
-        started_at = max(clock, attempt.started_at)
-        queued_at = started_at if attempt.queued_since is None else attempt.queued_since
-        queued_at = min(started_at, max(clock, queued_at))
-        seconds["queueing"] += started_at - queued_at
+        if attempt.waited_seconds is None or index == 0:
+            started_at = max(clock, attempt.started_at)
+            gap = started_at - clock
+        else:
+            started_at, gap = attempt.started_at, attempt.waited_seconds
+        since = started_at if attempt.queued_since is None else attempt.queued_since
+        queued_seconds = min(gap, max(0.0, started_at - since))
+        seconds["queueing"] += queued_seconds
         if wanted:
-            seconds["down"] += queued_at - clock
+            seconds["down"] += gap - queued_seconds
         clock = max(started_at, attempt.ended_at)
-        spent = _spent(attempt, clock - started_at)
+        wall_seconds = clock - started_at
+        if attempt.wall_seconds is not None:
+            wall_seconds = attempt.wall_seconds
+            clock = max(clock, started_at + wall_seconds)
+        spent = _spent(attempt, wall_seconds)
         lost = spent["stepping"] * _share_lost(attempts, index)
         spent["stepping"] -= lost
         spent["lost_work"] += lost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -11,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import contract, rundir
+from launch import contract, rundir, steady
 from launch.contract import utc
 from launch.events import Interrupted, Retry, Verdict
+from launch.patience import patiently
 from launch.spec import ConfigError
 
 
@@ -74,8 +76,8 @@ class RunDir:
         """Say in the lock that this process holds it; a child that goes on alone says so too."""
         owner = {"id": self.run_id, "host": os.uname().nodename, "pid": os.getpid()}
         text = json.dumps(owner).encode() + b"\n"
-        os.pwrite(self.lock_fd, text, 0)
-        os.ftruncate(self.lock_fd, len(text))
+        path = self.path / rundir.LOCK_FILE
+        patiently(lambda: _overwrite(self.lock_fd, text), path)
 
     @property
     def name(self) -> str:
@@ -93,7 +95,8 @@ class RunDir:
             "created_at": self.created_at,
             **fields,
         }
-        rundir.write_private(self.path / contract.RUN_RECORD, record)
+        path = self.path / contract.RUN_RECORD
+        patiently(lambda: rundir.write_private(path, record), path)
 
     def release(self) -> None:
         """Give the directory back, as far as this process is concerned."""
@@ -112,9 +115,21 @@ class RunDir:
         number = rundir.next_attempt(self.path)
         self.close_abandoned()
         path = rundir.attempt_path(self.path, number)
-        path.mkdir(mode=0o700, parents=True)
-        (path / contract.STACKS).mkdir(mode=0o700)
-        return Attempt(path, number, hosts, processes_per_host, backend_ids)
+        before = rundir.attempt_record(self.path, number - 1)
+
+        def make() -> None:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (path / contract.STACKS).mkdir(mode=0o700, exist_ok=True)
+
+        patiently(make, path)
+        return Attempt(
+            path,
+            number,
+            hosts,
+            processes_per_host,
+            backend_ids,
+            waited_seconds=steady.seconds_since_end(before),
+        )
 
     def reopen_attempt(self, number: int) -> Attempt:
         """Go on with an attempt that another controller has left running."""
@@ -149,6 +164,8 @@ class Attempt:
         hosts: list[str],
         processes_per_host: int = 1,
         backend_ids: Sequence[str] = (),
+        *,
+        waited_seconds: float | None = None,
     ):
         self.path = path
         self.number = number
@@ -164,11 +181,15 @@ class Attempt:
             "last_step": None,
             "started_at": utc(time.time()),
             "ended_at": None,
+            # The wall clock may be set while it runs; how long it all took is known all the same.
+            **steady.now(),
+            "waited_seconds": waited_seconds,
+            "wall_seconds": None,
             "hosts": hosts,
             "num_processes": self.num_processes,
             "backend_ids": list(backend_ids),
         }
-        self.write()
+        self._write_patiently()
 
     @classmethod
     def again(cls, path: Path, record: Mapping[str, Any]) -> Attempt:
@@ -195,10 +216,14 @@ class Attempt:
         self._record.update(fields)
         rundir.write_private(self.path / rundir.ATTEMPT_RECORD, self._record)
 
+    def _write_patiently(self, **fields: Any) -> None:
+        patiently(lambda: self.write(**fields), self.path / rundir.ATTEMPT_RECORD)
+
     def note(self, event: Interrupted) -> None:
         """Record why it is to end, in case that nobody is left to record its end."""
         notice = {"cause": event.cause, "message": event.message, "guilty_host": event.host}
-        self.write(notice=notice)
+        with contextlib.suppress(OSError):  # A full disk; the gang is alive, and does not wait.
+            self.write(notice=notice)
 
     def close(
         self,
@@ -221,7 +246,7 @@ class Attempt:
         if heard_step is not None and heard_step > (reached["last_step"] or 0):
             reached["last_step"] = heard_step
         self._record.pop("notice", None)
-        self.write(
+        self._write_patiently(
             cause=verdict.cause,
             exit_code=verdict.exit_code,
             message=verdict.message,
@@ -240,6 +265,7 @@ class Attempt:
             collateral=list(verdict.collateral),
             retry=dataclasses.asdict(retry),
             ended_at=utc(time.time()),
+            wall_seconds=steady.seconds_since_start(self._record),
             **reached,
         )
 
@@ -267,9 +293,16 @@ def _close_abandoned(attempt: Path, how: Mapping[str, Any]) -> bool:
     record.update(
         **(how or killed),
         ended_at=max(ends, default=record.get("started_at")),
+        wall_seconds=steady.longest_life(exits),
         **rundir.steps_reached(attempt),
     )
     # What the controller knew and could not bring to an end.
     record.update(record.pop("notice", None) or {})
-    rundir.write_private(attempt / rundir.ATTEMPT_RECORD, record)
+    path = attempt / rundir.ATTEMPT_RECORD
+    patiently(lambda: rundir.write_private(path, record), path)
     return True
+
+
+def _overwrite(fd: int, data: bytes) -> None:
+    os.pwrite(fd, data, 0)
+    os.ftruncate(fd, len(data))

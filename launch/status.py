@@ -234,6 +234,8 @@ def _times(
                 attempt.get("last_step"),
                 attempt.get("resumed_step"),
                 seconds_of(attempt.get("queued_since")),
+                attempt.get("wall_seconds"),
+                attempt.get("waited_seconds"),
                 wanted_after=attempt.get("cause") not in ("stopped", "completed"),
             )
         )

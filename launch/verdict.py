@@ -53,7 +53,7 @@ def judge(case: Case) -> Verdict:
             guilty_host=host,
             explanation=f"{_sentence(message)} Its host's agent ended without a word about it.",
         )
-    return Verdict("completed", contract.EXIT_DONE)
+    return _of_own_accord(case) or Verdict("completed", contract.EXIT_DONE)
 
 
 def _guilty(case: Case) -> Verdict | None:
@@ -86,7 +86,7 @@ def _guilty(case: Case) -> Verdict | None:
         found = case.suspect or hang.deserter(case)
         if found is not None:
             return _of_suspect(case, found, "hang")
-        return _blame(case, peers[0])
+        return _of_own_accord(case, before=peers[0].at) or _blame(case, peers[0])
     return None
 
 
@@ -126,6 +126,29 @@ def _of_lost_host(case: Case, host: str) -> Verdict:
         guilty_host=host,
         explanation=f"{_sentence(message)}{step}{more} The machine, its network or the agent may "
         "have died; the others cannot go on without it.",
+    )
+
+
+def _of_own_accord(case: Case, before: float = float("inf")) -> Verdict | None:
+    """The verdict where an agent told its processes to stop, and not because of us; None if none
+    did."""
+    cut_off = [
+        (end.told_at, end.process_id)
+        for end in case.ends.values()
+        if isinstance(end, Exited) and end.exit_code != 0
+        if end.told_at is not None and end.told_at < before
+    ]
+    if not cut_off:
+        return None
+    host = case.host_of(min(cut_off)[1])
+    message = f"the agent of host {host} stopped its processes by itself"
+    return Verdict(
+        "host_lost",
+        contract.EXIT_FAILED,
+        message,
+        guilty_host=host,
+        explanation=f"{_sentence(message)} It was sent a signal, or heard nothing of this launcher "
+        "for the time of its lease: the machine is wanted back, or one of the two was suspended.",
     )
 
 

@@ -23,7 +23,7 @@ for _number in (signal.SIGINT, signal.SIGHUP):
 
 
 # What takes longest goes first, so that no worker is left with it when the others are done.
-_LONG = ("tests/tpu/test_killed", "tests/tpu/", "tests/slurm/")
+_LONG = ("tests/multi_process/test_chaos", "tests/tpu/test_killed", "tests/tpu/", "tests/slurm/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

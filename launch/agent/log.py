@@ -8,6 +8,12 @@ _LAST_LINES = 80  # After an abort, C++ prints some 50 lines behind the tracebac
 _LINE_CHARACTERS = 500
 _TAIL_BYTES = 1 << 16
 _COPY_BYTES = 1 << 20
+# What Python's faulthandler writes when a signal ends the process.
+_ABORT = "Fatal Python error:"
+_STACKS = (
+    *("Thread 0x", "Current thread 0x", "  File ", "  <no Python frame>", "  ..."),
+    *("Python runtime state:", "Extension modules:"),
+)
 
 
 class Log:
@@ -66,14 +72,16 @@ class Log:
         self._start += length
 
     def last_lines(self):
-        """The last lines that are not empty."""
+        """The last lines that are not empty, without the stacks of an abort: they would be all, and
+        what was said before them is the reason."""
         size = os.fstat(self.fd).st_size
         data = os.pread(self.fd, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
         if size < _TAIL_BYTES and self._start:
             with open(self._previous or self.path + ".0", "rb") as file:
                 data = file.read()[-_TAIL_BYTES:] + data
         lines = data.decode("utf-8", "replace").splitlines()
-        return [line[:_LINE_CHARACTERS] for line in lines if line.strip()][-_LAST_LINES:]
+        said = [line[:_LINE_CHARACTERS] for line in lines if line.strip()]
+        return list(_without_stacks(said))[-_LAST_LINES:]
 
     def close(self):
         """Give the file back."""
@@ -118,6 +126,14 @@ class Log:
             else:
                 self._keep(length, size)
             length = size
+
+
+def _without_stacks(lines):
+    within = False
+    for line in lines:
+        within = line.startswith(_ABORT) or (within and line.startswith(_STACKS))
+        if not within or line.startswith(_ABORT):
+            yield line
 
 
 def _collapse(fd, length):

@@ -59,7 +59,8 @@ class Process:
         if data and data == read(self.plan["progress"]):
             self._take_report(data)
         if self.failure is None:
-            self.failure = _read_json(self.plan["failure"])
+            # Where it could not write the file, it has said so beside its progress.
+            self.failure = _read_json(self.plan["failure"]) or (self.progress or {}).get("failure")
             return self.failure is not None
         return False
 

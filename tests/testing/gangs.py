@@ -113,18 +113,7 @@ class MusterCommand:
 
     def left(self) -> list[int]:
         """What is alive of this run: processes that carry its environment, and its agents."""
-        wanted = f"{contract.RUN_DIR}={self.workdir}\0".encode()
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    carries = wanted in (entry / "environ").read_bytes()
-                    zombie = not (entry / "cmdline").read_bytes()
-                except OSError:
-                    continue
-                if carries and not zombie:
-                    found.append(int(entry.name))
-        return found + self.agents()
+        return members_of(self.workdir) + self.agents()
 
     def check_nothing_is_left(self) -> None:
         """Fail if anything survives the run by ten seconds; kill it, so that no test leaves it."""
@@ -171,6 +160,22 @@ class MusterCommand:
                 if lock in open_files and b"launch.agent" in command:
                     found.append(int(entry.name))
         return found
+
+
+def members_of(workdir: Path) -> list[int]:
+    """Process ids of what is alive and carries a run's environment."""
+    wanted = f"{contract.RUN_DIR}={workdir}\0".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                carries = wanted in (entry / "environ").read_bytes()
+                zombie = not (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if carries and not zombie:
+                found.append(int(entry.name))
+    return found
 
 
 def environment() -> dict[str, str]:

@@ -69,6 +69,26 @@ def test_an_exception_is_told_before_the_process_ends_and_recorded_with_its_trac
         assert agent.wait_for("exited")["told_at"] <= agent.wait_for("exited")["time"]
 
 
+def test_an_exception_is_told_also_where_its_record_cannot_be_written(tmp_path):
+    program = """
+        import atexit, os, time
+        from launch.contract import report_progress
+        os.environ["MUSTER_FAILURE_FILE"] = "/no/such/folder/failure.json"
+        report_progress(7, "data")
+        atexit.register(time.sleep, 600)
+        raise OSError(28, "No space left on device")
+    """
+    with owner(tmp_path, program) as agent:
+        failure = agent.wait_for("raised")["failure"]
+        assert (failure["type"], failure["message"]) == (
+            "OSError",
+            "[Errno 28] No space left on device",
+        )
+        agent.tell("kill")
+        (record,) = agent.end()
+        assert (record["exception"], record["phase"]) == (failure, "exit")
+
+
 def test_progress_is_told_once_with_the_time_of_its_change(tmp_path):
     program = """
         import time
@@ -310,6 +330,16 @@ def test_binary_junk_and_an_endless_line_are_kept_as_they_are(tmp_path):
     assert missing == log.dropped > 0
     assert all(len(line) <= 500 for line in log.last_lines())
     log.close()
+
+
+def test_the_stacks_of_an_abort_do_not_hide_what_was_said_before(tmp_path):
+    log = Log(str(tmp_path / "log"), 1 << 20)
+    frames = [f'  File "/x.py", line {i} in f' for i in range(100)]
+    os.write(log.fd, "\n".join(["F1129 the reason", "Fatal Python error: Aborted", ""]).encode())
+    os.write(log.fd, "\n".join(["Thread 0x00007f (most recent call first):", *frames]).encode())
+    os.write(log.fd, b"\n\nExtension modules: numpy (total: 1)\nsaid later\n  File kept\n")
+    expected = ["F1129 the reason", "Fatal Python error: Aborted", "said later", "  File kept"]
+    assert log.last_lines() == expected
 
 
 def test_the_last_lines_are_found_across_a_cut(tmp_path):

@@ -143,3 +143,15 @@ def test_an_exception_that_cannot_be_recorded_is_told_and_raises_nothing(
     monkeypatch.setenv(contract.FAILURE_FILE, str(tmp_path / "no" / "failure.json"))
     contract.record_failure(ValueError("x"))
     assert "the exception is not recorded" in capfd.readouterr().err
+    # Whoever has reported progress has a file that needs no more room.
+    progress = tmp_path / "progress.json"
+    monkeypatch.setenv(contract.PROGRESS_FILE, str(progress))
+    contract.report_progress(7, "save")
+    contract.record_failure(ValueError("x" * 5000))
+    capfd.readouterr()
+    contract.report_exit()
+    found = json.loads(progress.read_text())
+    assert (found["step"], found["phase"]) == (7, "exit")
+    assert found["failure"]["type"] == "ValueError"
+    assert len(found["failure"]["message"]) < 500
+    assert progress.stat().st_size < 4096

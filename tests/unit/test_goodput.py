@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -49,6 +50,28 @@ def test_waiting_for_machines_is_queueing_from_the_submission_on():
     assert spent.seconds["queueing"] == 80.0 + 20.0 + 40.0
     assert spent.seconds["down"] == 10.0
     assert spent.wall_seconds == 220.0
+
+
+def test_a_clock_that_was_set_meanwhile_makes_no_time_and_takes_none():
+    hour = 3600.0
+    right = [
+        AttemptTimes(0.0, 100.0, {"step": 60.0}, 0, 30, wall_seconds=100.0),
+        AttemptTimes(120.0, 200.0, {"step": 60.0}, 30, 60, wall_seconds=80.0, waited_seconds=20.0),
+        AttemptTimes(210.0, 300.0, {"step": 45.0}, 60, 90, wall_seconds=90.0, waited_seconds=10.0),
+    ]
+    expected = goodput(right)
+    assert (expected.wall_seconds, expected.seconds["down"]) == (300.0, 30.0)
+    # Set in the first attempt, and back in the second.
+    for jump in (-hour, 10 * hour):
+        jumped = [
+            dataclasses.replace(right[0], ended_at=100.0 + jump),
+            dataclasses.replace(right[1], started_at=120.0 + jump),
+            right[2],
+        ]
+        assert goodput(jumped) == expected
+    # Nobody has measured the time from one `muster run` to the next.
+    jumped[1] = dataclasses.replace(jumped[1], waited_seconds=None)
+    assert goodput(jumped).seconds["down"] == 20.0 + 10.0
 
 
 def test_without_any_phase_on_record_there_is_nothing_to_say():

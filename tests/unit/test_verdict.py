@@ -28,6 +28,13 @@ ENDS = {
     "a process that never came": (-6, None, jax_ends.NEVER_CAME, True),
     "an exception, then the shutdown barrier": (-6, None, jax_ends.RAISED_THEN_ABORTED, False),
     "a barrier's time is over": (1, "jax.errors.JaxRuntimeError: DEADLINE_EXCEEDED: x", (), True),
+    "a save waits for the others": (
+        1,
+        "TimeoutError: Timed out while waiting for async_write_complete barrier.",
+        (),
+        True,
+    ),
+    "a time of its own is over": (1, "TimeoutError: Timed out while waiting for x", (), False),
     "NCCL's peer is gone": (
         1,
         "XlaRuntimeError: INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited or "
@@ -352,3 +359,21 @@ def test_a_user_who_stops_a_gang_is_not_told_of_peers():
         (3, told(2, 1, at=3, since=1, failure=failure(GLOO, 3))),
     )
     assert (verdict.cause, verdict.exit_code) == ("stopped", 75)
+
+
+def test_processes_that_their_agent_stopped_by_itself_have_not_completed():
+    # Told to stop at 1 s, by nobody that the launcher knows of; the agent then said it was done.
+    alone = judged((1, told(0, -15, at=1.2, since=1.0)), (1, ended(1, 0)), (1, ended(2, 0)))
+    assert (alone.cause, alone.guilty_host, alone.exit_code) == ("host_lost", "h0", 1)
+    assert "the agent of host h0 stopped its processes by itself" in alone.message
+    # What the others say of it is no reason of their own.
+    lines = jax_ends.PEER_KILLED
+    noisy = judged(
+        (1, told(1, -15, at=1.2, since=1.0)),
+        (2, ended(0, -6, at=1.4, last_lines=lines)),
+        (5, told(2, -15, at=4.5, since=4.0)),
+    )
+    assert (noisy.cause, noisy.guilty_host, noisy.guilty_process) == ("host_lost", "h1", None)
+    # It saved and left in order.
+    saved = judged(*[(1, told(i, 75, at=2.0, since=1.0)) for i in range(3)])
+    assert saved.cause == "preempted"
