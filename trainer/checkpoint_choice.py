@@ -44,12 +44,22 @@ def probe(directory: storage.Path) -> None:
     if not seen:
         return
     rule = f"{problems[seen[0]]} (process {seen[0]}); choose another --workdir"
-    error = ConfigError("checkpoint directory", rule, str(directory))
-    if storage.is_remote(directory):
+    error: Exception = ConfigError("checkpoint directory", rule, str(directory))
+    if distributed.broadcast("checkpoint/steps", lead and bool(_steps_seen(directory))):
+        # It could be written once. A disk that is full or read-only for a while is no wrong config.
+        error = CheckpointError(f"{directory} holds steps, and cannot be written now: {rule}")
+    elif storage.is_remote(directory):
         rule += ", or see to the bucket and to who may write it"
         error = ConfigError("--workdir", rule, str(directory.parent))
     # A lead that leaves before all have heard it would be the reason for the others' end.
     distributed.fail_together(error, accuses=seen)
+
+
+def _steps_seen(directory: storage.Path) -> list[int]:
+    try:
+        return files_of(directory).steps_in(directory)
+    except Exception:  # What cannot be written may not be read either.
+        return []
 
 
 def newest_usable(directory: storage.Path) -> int | None:

@@ -17,7 +17,8 @@ import pytest
 
 from launch.spec import CheckpointSpec, ConfigError
 from trainer.checkpoint import Checkpointer, CheckpointError
-from trainer.checkpoint_directory import steps_to_drop
+from trainer.checkpoint_choice import probe
+from trainer.checkpoint_directory import PROBE, steps_to_drop
 from trainer.snapshot import Snapshot
 
 
@@ -325,3 +326,12 @@ def test_the_manifest_has_every_file_that_a_restore_reads(two_steps):
     manifest = json.loads((two_steps / "20" / "checksums.json").read_text())
     listed = {two_steps / "20" / name for name in manifest["files"]}
     assert listed == set(files_of(two_steps / "20")) - {two_steps / "20" / "checksums.json"}
+
+
+@pytest.mark.parametrize(("steps", "kind"), [([], ConfigError), (["5"], CheckpointError)])
+def test_a_directory_that_took_steps_once_is_no_wrong_config(tmp_path, steps, kind):
+    for step in steps:
+        (tmp_path / step).mkdir()
+    (tmp_path / PROBE).mkdir()  # Nothing can be written there, as on a full disk.
+    with pytest.raises(kind, match="cannot be written: Is a directory"):
+        probe(tmp_path)
