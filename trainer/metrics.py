@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from launch import contract
 from trainer import storage
+from trainer.events import Events
 from trainer.mirror import CLOSE_SECONDS, CRASH_SECONDS, Mirror
 
 
@@ -42,7 +43,7 @@ class MetricWriter:
         path = os.path.join(self._directory, contract.METRICS_FILE)
         _drop_after(path, start_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._events: Any = None
+        self._events = Events(self._directory, start_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line.
@@ -59,10 +60,7 @@ class MetricWriter:
         record.update({name: _json_number(value) for name, value in values.items()})
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-        events = self._tensorboard()
-        for name, value in values.items():
-            if value is not None:
-                events.add_scalar(name, float(value), int(step))
+        self._events.add(step, values)
 
     def flush(self) -> None:
         """See that what was written is where it belongs. Any thread."""
@@ -72,9 +70,7 @@ class MetricWriter:
     def close(self, *, crashed: bool = False) -> None:
         """Write out what is held back, and close both; `crashed`: it must not take long."""
         self._file.close()
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        self._events.close()
         if self._mirror is not None:
             self._mirror.close(CRASH_SECONDS if crashed else CLOSE_SECONDS)
             self._mirror = None
@@ -84,33 +80,6 @@ class MetricWriter:
 
     def __exit__(self, kind: object, *error: object) -> None:
         self.close(crashed=kind is not None)
-
-    def _tensorboard(self) -> Any:
-        if self._events is None:
-            self._events = _summary_writer()(
-                self._directory,
-                # TensorBoard hides events of steps >= this that earlier writers left.
-                purge_step=self._start_step + 1,
-                # Or else two starts within a second write to one file, one over the other.
-                filename_suffix=f".from-step-{self._start_step}-{os.getpid()}",
-                flush_secs=10,
-            )
-        return self._events
-
-
-def _summary_writer() -> Any:
-    """TensorBoard's writer, imported when it is needed: 0.25 s of the way to the first step.
-
-    Where torch is installed tensorboardX imports it, to write torch's arrays as well: 2 s more.
-    """
-    hidden = {} if "torch" in sys.modules else {"torch": None}
-    sys.modules.update(hidden)  # type: ignore[arg-type]
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-    return SummaryWriter
 
 
 def _drop_after(path: str, start_step: int) -> None:

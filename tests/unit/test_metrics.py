@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from launch import contract
+from trainer.events import Events
 from trainer.metrics import (
     MetricWriter,
     ProgressPrinter,
@@ -206,3 +207,21 @@ def read_records(content):
         length = int.from_bytes(content[:8], "little")
         yield content[12 : 12 + length]
         content = content[16 + length :]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_events_that_cannot_be_written_hold_nobody_up(tmp_path, caplog):
+    events = Events(str(tmp_path), 0)
+    events.add(1, {"loss": 1.0})
+    writer = events._writer.file_writer.event_writer
+
+    def full(event):
+        raise OSError(28, "No space left on device")
+
+    writer._ev_writer.write_event = full
+    events.add(2, {"loss": 1.0})
+    writer._worker.join(timeout=30)
+    for step in range(3, 100):  # More than the queue takes.
+        events.add(step, {"loss": 1.0})
+    events.close()
+    assert caplog.text.count("no more TensorBoard events") == 1
