@@ -308,17 +308,23 @@ def test_sigterm_to_one_process_stops_both_at_one_step(tmp_path, receiver):
     script = (
         JOIN
         + """
+import jax
+from trainer.agreement import client
 from trainer.preemption import StopSignal
 def main():
-    distributed.initialize()
     with StopSignal() as stop:
-        for step in range(1, 3000):
+        jax.config.update("jax_enable_preemption_service", False)
+        place = distributed.initialize()
+        stop.join(client(), place.process_id, place.num_processes)
+        stop.enter_loop()
+        step = 0
+        while not stop.begin():
+            step += 1
             if step == 10:
                 print("running", flush=True)
-            if stop.agreed(step):
-                print("stopped at", step, flush=True)
-                return 75
             time.sleep(0.01)
+        print("stopped at", step, flush=True)
+        return 75
 """
         + RUN
     )
@@ -339,12 +345,15 @@ from trainer.preemption import StopSignal
 def main():
     print(distributed.initialize(), flush=True)
     with StopSignal() as stop:
-        for step in range(3000):
-            if stop.agreed(step):
-                return 75
+        stop.enter_loop()
+        step = 0
+        while not stop.begin():
+            step += 1
             if step == 3:
                 os.kill(os.getpid(), getattr(signal, os.environ["SEND"]))
-            assert step < 10
+            assert step < 3000
+            time.sleep(0.01)
+        return 75
 run_main(main)
 """
 

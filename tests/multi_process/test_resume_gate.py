@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import secrets
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,8 @@ class Training(MusterCommand):
 @pytest.mark.timeout(600)  # Five gangs, one after the other, on a machine that may be busy.
 def test_the_story_of_a_run_that_is_changed_started_from_copied_and_damaged(tmp_path):
     training = Training(tmp_path)
+    # A name that no other run of this user has.
+    training.workdir = tmp_path / f"first-{secrets.token_hex(4)}"
     training.edit(1.0)
     training.train("--config.num_steps=4", "--config.checkpoint.every_steps=2")
     changes_are_refused_allowed_by_name_and_applied_once(training)
