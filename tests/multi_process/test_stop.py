@@ -37,7 +37,7 @@ def stalled(tmp_path: Path):
         else:  # One process alone is told.
             victim = next(pid for pid in muster.left() if b"trainer.main" in command_line(pid))
             os.kill(victim, signal.SIGTERM)
-        out, err = process.communicate(timeout=90)
+        out, err = process.communicate(timeout=180)
         assert process.returncode == contract.EXIT_RESUMABLE, out + err
         return muster, out
 
@@ -68,7 +68,7 @@ def test_an_evaluation_is_left_and_the_step_before_it_saved(stalled):
 
 def test_what_cannot_be_saved_in_time_is_told(stalled):
     """One process waits for data that another has: no step can end on all of them any more."""
-    _, out = stalled("data", alone=1, grace_seconds=8.0)
+    _, out = stalled("data", alone=1, grace_seconds=12.0)
     found = re.search(r"the time for it is over: step 10 is kept, (\d+) steps? (is|are) lost", out)
     assert found, out
     assert int(found[1]) in (2, 3, 4)
@@ -84,6 +84,6 @@ def test_a_process_alone_stops_in_a_compilation_by_one_ctrl_c(tmp_path):
         if "stalls in compile" in line:
             break
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == contract.EXIT_RESUMABLE
     assert "told to stop before the loop began: nothing is lost" in out
