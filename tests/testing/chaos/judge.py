@@ -29,8 +29,7 @@ _CAUSES = {
     "ask launcher to stop": ("stopped",),
     "freeze process": ("hang",),
     # The latter if it is still so when the next attempt looks whether it can save.
-    # And a full disk ends tensorboardX's thread, for whose queue the lead then waits for ever.
-    "disk full": ("exception", "config", "hang"),
+    "disk full": ("exception", "config"),
     "read-only": ("exception", "config"),
 }
 # Orbax 0.12.8 gives a save up when the wall clock, not a steady one, says that its time is over.
