@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from launch import contract, rundir
+from launch import rundir
 from launch.console import last_lines
 from launch.events import Retry, Verdict
 
@@ -75,9 +75,3 @@ def guilty_log(attempt: Path, verdict: Verdict) -> Path:
     if verdict.guilty_process is not None:
         return rundir.log_path(attempt, verdict.guilty_process)
     return rundir.agent_log_path(attempt, str(verdict.guilty_host))
-
-
-def stacks_of(attempt: Path) -> Path | None:
-    """Where an attempt's stacks are; None when none were taken."""
-    folder = attempt / contract.STACKS
-    return folder if folder.is_dir() and any(folder.iterdir()) else None

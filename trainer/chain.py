@@ -10,6 +10,7 @@ import optax
 
 from launch.spec import ConfigError, closest
 from trainer import optax_adapters, param_paths
+from trainer.import_path import import_path
 from trainer.optax_names import (
     bound,
     call,
@@ -17,7 +18,6 @@ from trainer.optax_names import (
     check_values,
     find_transformation,
     function_of,
-    import_function,
     is_import_path,
 )
 from trainer.param_paths import Choice, Groups
@@ -210,7 +210,7 @@ class ChainBuilder:
             self.schedules.append((field, schedule))
             return schedule
         if is_import_path(value):
-            return import_function(field, value)
+            return import_path(field, value, callable, "function")
         return value
 
     def groups(self, field: str, section: Mapping[str, Any], scope: Choice) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections.abc
-import importlib
 import inspect
 import re
 import types
@@ -114,25 +113,6 @@ def find_schedule(field: str, name: str) -> Callable[..., Any]:
 def is_import_path(value: Any) -> bool:
     """Whether a value is written `package.module:function`."""
     return isinstance(value, str) and _IMPORT_PATH.fullmatch(value) is not None
-
-
-def import_function(field: str, path: str) -> Callable[..., Any]:
-    """Import `package.module:function`.
-
-    Raises:
-      ConfigError: no such module or function.
-    """
-    module_name, name = path.split(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(field, f"no module {error.name!r}; is it on PYTHONPATH?", path) from None
-    found = getattr(module, name, None)
-    if not callable(found):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        rule = f"{module_name} has no function {name!r}; {closest(name, known)}"
-        raise ConfigError(field, rule, path)
-    return found
 
 
 def bound(field: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -197,7 +197,8 @@ class StopSignal:
             begun = self._begun
         last_unit = self._agree(begun)
         if last_unit == _NOT_BEGUN:
-            self._leave(f"told to stop before the loop began: {self.standing()}")
+            where = "before the loop began" if begun == _NOT_BEGUN else "where not all can go on"
+            self._leave(f"told to stop {where}: {self.standing()}")
         with self._changed:
             self._last_unit = last_unit
             self._changed.notify_all()
@@ -228,10 +229,13 @@ class StopSignal:
             decision = self._get(_DECISION, ANSWER_SECONDS + 5.0)
             # Without the lead there is no gang: its service ends all.
             return begun if decision is None else decision
-        until = time.monotonic() + ANSWER_SECONDS
+        left = self.seconds_left()
+        patience = ANSWER_SECONDS if left is None else min(ANSWER_SECONDS, left / 2)
+        until = time.monotonic() + patience
         numbers = [begun]
         for process in range(1, self._num_processes):
-            number = self._get(f"{_BEGUN}/{process}", max(0.1, until - time.monotonic()))
+            # Those that come after a missing one have had their time too.
+            number = self._get(f"{_BEGUN}/{process}", max(0.01, until - time.monotonic()))
             if number is None:
                 log.warning("process %d does not answer: no unit can end without it", process)
             numbers.append(_NOT_BEGUN if number is None else number)
@@ -263,7 +267,7 @@ class StopSignal:
             print(f"{why}; the same command goes on from there", flush=True)
             until = time.monotonic() + _LEAD_LEAVE_SECONDS
             for process in range(1, self._num_processes):
-                self._get(f"{_GONE}/{process}", max(0.05, until - time.monotonic()))
+                self._get(f"{_GONE}/{process}", max(0.01, until - time.monotonic()))
             time.sleep(0.1 if self._client is not None else 0.0)
         contract.report_exit()
         sys.stdout.flush()

@@ -6,6 +6,7 @@ alone, and no error comes of it: the copies then train apart. Fingerprints of th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections import defaultdict
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from trainer import device_digest, leaf_digest
 from trainer.agreement import fail_together, say, settle
@@ -43,8 +45,11 @@ class ReplicaCheck:
         self._every = every_steps
         self._good: int | None = None  # the newest step whose copies were equal
         self._process_of = {d.id: d.process_index for d in layout.mesh.devices.flat}
-        # Of each leaf: device -> the group of devices that hold its shard, if there are several.
-        self._groups = [_groups_of(leaf) for leaf in layout.abstract]
+
+    @functools.cached_property
+    def _groups(self) -> list[dict[int, str]]:
+        """Of each leaf: device -> the group of those that hold its shard, if it is not alone."""
+        return [_groups_of(leaf.shape, leaf.sharding) for leaf in self._layout.abstract]
 
     def due(self, step: int) -> bool:
         """Is this a step to look? There is nothing to look at where nothing has a copy."""
@@ -53,7 +58,7 @@ class ReplicaCheck:
     def check(self, step: int, leaves: Leaves) -> None:
         """Compare. Collective: every process must call this, with the same step.
 
-        Waits for the devices. Two small programs for each kind of large leaf, and one exchange over
+        Waits for the devices. A small program for each kind of large leaf, and one exchange over
         the coordination service: a line of a few digests from each device.
 
         Raises:
@@ -140,11 +145,12 @@ class ReplicaCheck:
         fail_together(error, processes)
 
 
-def _groups_of(leaf: jax.ShapeDtypeStruct) -> dict[int, str]:
+@functools.lru_cache(maxsize=1024)  # Leaves are of few kinds, and devices may be thousands.
+def _groups_of(shape: tuple[int, ...], sharding: NamedSharding) -> dict[int, str]:
     """Device id -> a name of the devices that hold the same shard; those that share with others."""
     holders: dict[tuple, list[int]] = defaultdict(list)
-    for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
-        holders[tuple(part.indices(n) for part, n in zip(index, leaf.shape, strict=True))].append(
+    for device, index in sharding.devices_indices_map(shape).items():
+        holders[tuple(part.indices(n) for part, n in zip(index, shape, strict=True))].append(
             device.id
         )
     found = {}

@@ -11,13 +11,13 @@ import numpy as np
 import optax
 
 from launch.spec import ConfigError
+from trainer.import_path import import_path
 from trainer.optax_names import (
     call,
     check_names,
     check_values,
     find_schedule,
     function_of,
-    import_function,
     is_import_path,
 )
 
@@ -45,7 +45,7 @@ def make_schedule(field: str, section: Mapping[str, Any]) -> Schedule:
 def _named(field: str, entry: str, arguments: Any) -> Schedule:
     name = function_of(entry)
     if _own(arguments):
-        function = import_function(f"{field}.function", arguments["function"])
+        function = import_path(f"{field}.function", arguments["function"], callable, "function")
         arguments = {key: value for key, value in arguments.items() if key != "function"}
     else:
         function = find_schedule(field, name)

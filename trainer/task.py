@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import importlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from launch.spec import ConfigError, closest
+from trainer.import_path import import_path
 
 Batch = Mapping[str, jax.Array]
 
@@ -127,23 +126,7 @@ def load_task(path: str, model: Mapping[str, Any], data: Mapping[str, Any]) -> T
     Raises:
       ConfigError: no such module or class, or a section that the task refuses.
     """
-    module_name, class_name = path.split(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # The module is there; what it imports is not.
-        raise ConfigError(
-            "config.task", f"no module {error.name!r}; is it on PYTHONPATH?", path
-        ) from None
-    found = getattr(module, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, Task)):
-        tasks = [name for name, value in vars(module).items() if _is_task(value)]
-        raise ConfigError(
-            "config.task",
-            f"{module_name} has no Task called {class_name!r}; {closest(class_name, tasks)}",
-            path,
-        )
+    found = import_path("config.task", path, _is_task, "Task called")
     return found(model=model, data=data)
 
 

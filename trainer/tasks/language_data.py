@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import grain
 
 from launch.spec import ConfigError, build, closest, require
 from launch.spec.data_fields import MIXTURE
+from trainer.import_path import import_path
 
 _FIELD = "config.data"
 
@@ -187,7 +187,7 @@ class LanguageData:
             where = f"{field}.{path}"
             source = records.TokenRecords(getattr(part, path), length, part.dtype, where)
         if part.keep:
-            keep = load_function(part.keep, f"{field}.keep")
+            keep = import_path(f"{field}.keep", part.keep, callable, "function")
             source = filtered(source, keep, f"{field}.keep")
         if part.packing:
             source = packed(source, length + 1, overlap=1, positions=False, field=field)
@@ -232,23 +232,3 @@ class LanguageData:
             rows += f" ({dropped:,} left out)" if dropped else ""
             text = f"{text}; {rows}" if text else rows
         return text
-
-
-def load_function(path: str, field: str) -> Callable[..., Any]:
-    """Import `package.module:function`.
-
-    Raises:
-      ConfigError: there is no such thing.
-    """
-    module_name, name = path.split(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # The module is there; what it imports is not.
-        raise ConfigError(field, f"no module {error.name!r}; is it on PYTHONPATH?", path) from None
-    found = getattr(module, name, None)
-    if not callable(found):
-        known = [key for key, value in vars(module).items() if callable(value)]
-        raise ConfigError(field, f"{module_name} has no {name!r}; {closest(name, known)}", path)
-    return found

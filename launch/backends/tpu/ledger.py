@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from launch import contract, registry, rundir
-from launch.backends.tpu.commands import resource_name
 from launch.contract import utc
 from launch.spec import ConfigError
 from launch.times import seconds_of
@@ -137,10 +136,6 @@ class Ledger:
     def owned(self) -> list[Asked]:
         """What is ours to delete, and may still be there."""
         return [one for one in self.open if one.owned]
-
-    def next_name(self) -> str:
-        """A name that nothing of this run had before."""
-        return resource_name(self.run_id, len(self.asked))
 
     def write(self) -> None:
         """Put it on disk, in both places.
