@@ -55,9 +55,12 @@ def test_in_a_compilation_all_leave_at_once(stalled, alone):
 
 def test_a_wait_for_data_ends_and_all_that_was_done_is_saved(stalled):
     muster, out = stalled("data")
-    # 100 rows, twice, in batches of 16.
-    assert "told to stop: step 12 is saved" in out
-    assert int(tiny.read_state(muster.workdir, 12)["model.seen"]) == tiny.fingerprint(12)
+    found = re.search(r"told to stop: step (\d+) is saved", out)
+    assert found, out
+    step = int(found[1])
+    # 100 rows, twice, in batches of 16; what is read ahead may stall before the loop is there.
+    assert 1 <= step <= 12
+    assert int(tiny.read_state(muster.workdir, step)["model.seen"]) == tiny.fingerprint(step)
 
 
 def test_an_evaluation_is_left_and_the_step_before_it_saved(stalled):
