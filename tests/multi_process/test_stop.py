@@ -32,6 +32,8 @@ def stalled(tmp_path: Path):
         for i in range(processes):
             if alone in (-1, i):
                 muster.wait_for(f"stalls in {where}", i)
+        if where == "data":  # It is read ahead.
+            muster.wait_for("step 10/", 0)
         if "grace_seconds" in cluster:
             assert muster.other("stop", str(muster.workdir)).returncode == 0
         else:  # One process alone is told.
