@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 
 State = Mapping[str, jax.Array]
 
+# For Orbax's limits, which a clock that is set would reach at once; SaveWatch has the real one.
+_NEVER_SECONDS = 10 * 365 * 24 * 3600
+
 
 class Checkpointer:
     """Saves and restores the steps of one run. One save at a time is on its way.
@@ -63,7 +66,7 @@ class Checkpointer:
         config: Mapping[str, Any],
         record: Mapping[str, Any] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
-        save_timeout_seconds: int = 600,
+        save_timeout_seconds: float = 600.0,
     ):
         """See that the directory can be written from every process.
 
@@ -89,7 +92,8 @@ class Checkpointer:
         self._newest: int | None = None  # the newest step saved, restored or on its way
         self._good: int | None = None  # the newest step known to be committed
         self._saving: int | None = None
-        self._watch: SaveWatch | None = None  # of the save on its way, on GCS
+        self._watch: SaveWatch | None = None  # of the save on its way
+        self._save_timeout_seconds = save_timeout_seconds
         self._deletion: threading.Thread | None = None
         # Called on the lead just before each commit, on a thread of Orbax's.
         self.before_commit: Callable[[], None] | None = None
@@ -101,7 +105,7 @@ class Checkpointer:
                 **{STATE: self._handler, META: ocp.JsonCheckpointHandler()}
             ),
             async_options=ocp.AsyncOptions(
-                timeout_secs=save_timeout_seconds,
+                timeout_secs=_NEVER_SECONDS,
                 post_finalization_callback=self._write_manifest,
             ),
         )
@@ -181,8 +185,7 @@ class Checkpointer:
             )
         except Exception as error:
             raise self._failed(error) from error
-        if storage.is_remote(self.directory):
-            self._watch = SaveWatch(self._orbax.wait_until_finished)
+        self._watch = SaveWatch(self._orbax.wait_until_finished, self._save_timeout_seconds)
 
     def _write_manifest(self) -> None:
         if self.before_commit is not None:
@@ -211,20 +214,9 @@ class Checkpointer:
         Raises:
           CheckpointError: the save failed; the steps before it are untouched.
         """
-        if self._saving is None:
+        if self._watch is None or not self._watch.ended:
             return False
-        if self._watch is not None:
-            if not self._watch.ended:
-                return False
-            self._await()
-        else:
-            try:
-                self._orbax.check_for_errors()
-            except Exception as error:
-                raise self._failed(error) from error
-            if not self._path(self._saving).exists():
-                return False
-        self._committed()
+        self._await()
         return True
 
     def wait(self) -> None:
@@ -233,22 +225,20 @@ class Checkpointer:
         Raises:
           CheckpointError: it failed.
         """
-        if self._saving is not None:
-            self._await()
-            self._committed()
+        self._await()
         if self._deletion is not None:
             self._deletion.join()
             self._deletion = None
 
     def _await(self) -> None:
+        if self._watch is None:
+            return
         watch, self._watch = self._watch, None
         try:
-            if watch is not None:
-                watch.join()
-            else:
-                self._orbax.wait_until_finished()
+            watch.join()
         except Exception as error:
             raise self._failed(error) from error
+        self._committed()
 
     def _committed(self) -> None:
         """Let retention do its work, now that the newest step is safe."""

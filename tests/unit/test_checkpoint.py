@@ -7,6 +7,7 @@ import pathlib
 import random
 import resource
 import shutil
+import threading
 import time
 from typing import Any
 
@@ -320,6 +321,37 @@ def test_a_failed_save_is_raised_by_check_and_the_last_good_one_stays(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["1"], (
         "leftovers were not deleted"
     )
+
+
+def test_a_clock_that_is_set_while_a_save_is_on_its_way_does_not_fail_it(tmp_path, monkeypatch):
+    now, moved = time.time, []
+
+    def jumping() -> float:
+        if threading.current_thread().name == "async_save":  # Orbax's, until it has committed.
+            moved.append(10_000.0)
+        return now() + sum(moved)
+
+    monkeypatch.setattr(time, "time", jumping)
+    saver = checkpointer(tmp_path)
+    saver.save(1, make_state(1), None, final=True)
+    assert moved
+    assert saver.good_step == 1
+
+
+def test_a_save_that_takes_too_long_has_failed(tmp_path):
+    saver = Checkpointer(tmp_path, CheckpointSpec(), config={}, save_timeout_seconds=1.0)
+    go_on = threading.Event()
+    saver.before_commit = go_on.wait
+    try:
+        saver.save(1, make_state(1), None)
+        assert not saver.check()
+        with pytest.raises(CheckpointError, match=r"step 1 .* failed .* not done after 1 s; there"):
+            while True:
+                saver.check()
+                time.sleep(0.01)
+    finally:
+        go_on.set()
+    assert saver.good_step in (None, 1)
 
 
 def test_the_manifest_has_every_file_that_a_restore_reads(two_steps):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,6 @@ _CAUSES = {
     "disk full": ("exception", "config"),
     "read-only": ("exception", "config"),
 }
-# Orbax 0.12.8 gives a save up when the wall clock, not a steady one, says that its time is over.
-_SAVE_TIMEOUT_SECONDS, _SAVE_TIMED_OUT = 600, "timed out after"
 _BY_PROCESS = ("kill process", "freeze process")
 _COMPARED_METRICS = ("loss", "grad_norm", "learning_rate")
 
@@ -111,8 +109,6 @@ def wrong_causes(records: Sequence[Mapping[str, Any]], deliveries: Sequence[Deli
         met = [d for d in deliveries if d.fault.kind in _CAUSES and _met(d, number)]
         said = f"attempt {number}: {cause}, process {record.get('guilty_process')}"
         said += f", host {record.get('guilty_host')}: {record.get('message')}"
-        if not met and _of_the_clock(record, deliveries):
-            continue
         if not any(cause in _CAUSES[d.fault.kind] for d in met):
             wrong.append(f"{said}; faults: {'; '.join(str(d.fault) for d in met) or 'none'}")
         elif len(met) == 1 and not _right_guilty(record, met[0]):
@@ -120,15 +116,6 @@ def wrong_causes(records: Sequence[Mapping[str, Any]], deliveries: Sequence[Deli
     if records and records[-1].get("cause") != "completed":
         wrong.append(f"the last attempt: {records[-1].get('cause')}")
     return wrong
-
-
-def _of_the_clock(record: Mapping[str, Any], deliveries: Iterable[Delivery]) -> bool:
-    """Whether a save was given up because the clock jumped."""
-    jumps = [d.fault.jump_seconds for d in deliveries if _met(d, record["attempt"])]
-    return (
-        max(jumps, default=0) > _SAVE_TIMEOUT_SECONDS
-        and _SAVE_TIMED_OUT in record["message"].lower()
-    )
 
 
 def _right_guilty(record: Mapping[str, Any], delivery: Delivery) -> bool:
