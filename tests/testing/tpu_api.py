@@ -139,8 +139,7 @@ class TpuApi(TpuMethods):
 
     def mutations(self) -> list[Request]:
         """The requests that ask for a change."""
-        asking = "getGuestAttributes"
-        return [one for one in self.requests if one.method != "GET" and asking not in one.path]
+        return [one for one in self.requests if one.changes]
 
     def _answer(
         self, method: str, path: str, query: dict[str, str], body: Any, agent: str

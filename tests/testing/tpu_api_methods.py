@@ -57,6 +57,16 @@ class Request:
     user_agent: str
     status: int = 0
 
+    @property
+    def changes(self) -> bool:
+        """Whether it asks for a change."""
+        return self.method != "GET" and "getGuestAttributes" not in self.path
+
+    @property
+    def command(self) -> str:
+        """Which run of gcloud has sent it; "" for other programs."""
+        return self.user_agent.partition("invocation-id/")[2].partition(" ")[0]
+
 
 class TpuMethods(TpuQueue):
     """The service with its methods."""

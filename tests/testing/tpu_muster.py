@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,8 @@ from typing import Any
 from launch import rundir
 from tests.testing.gangs import MusterCommand, wait_until
 from tests.testing.tpu_cloud import TYPE, ZONE, Cloud
+
+_JAX = {name: os.environ[name] for name in ("JAX_PLATFORMS", "XLA_FLAGS")}
 
 
 class TpuMuster(MusterCommand):
@@ -39,7 +42,8 @@ class TpuMuster(MusterCommand):
             "grace_seconds": 20.0,
             "restart": {"max_failures": 2, "max_preemptions": 5, "backoff_seconds": 0.2},
             **cluster,
-            "env": {"JAX_PLATFORMS": "cpu", **cluster.get("env", {})},
+            # Nothing of this process's environment is on the VMs.
+            "env": {**_JAX, **cluster.get("env", {})},
             "tpu": {**section, **cluster.get("tpu", {})},
         }
         folder.mkdir(exist_ok=True)

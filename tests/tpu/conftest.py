@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from tests.testing import tpu_cloud
-from tests.testing.gangs import ROOT
 from tests.testing.packages import missing
 from tests.testing.tpu_hosts import TpuHosts
 from tests.testing.tpu_muster import TpuMuster
 
 ADDRESSES = 8  # Two nodes of four VMs each.
+# Programs that trainers have compiled, in a root's home (launch.spec.TrainSpec).
+COMPILED = Path("~/.cache/muster/xla").expanduser()
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,7 @@ def storage_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tpu_hosts(storage_root: Path):
     """Addresses at which TPU VMs can be booted."""
+    COMPILED.mkdir(parents=True, exist_ok=True)
     packages = tpu_cloud.missing_packages()
     if packages:
         missing(f"the packages {' '.join(packages)}")
@@ -33,7 +35,7 @@ def tpu_hosts(storage_root: Path):
         missing("root's rights, which VMs of namespaces need,")
     with tempfile.TemporaryDirectory(prefix="muster-tpu-") as root:
         try:
-            hosts = TpuHosts(Path(root), ADDRESSES, shared=(ROOT, storage_root))
+            hosts = TpuHosts(Path(root), ADDRESSES, shared=(COMPILED, storage_root))
         except OSError as error:
             missing(f"loopback addresses with a free port 22 ({error})")
         yield hosts

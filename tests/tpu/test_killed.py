@@ -1,4 +1,8 @@
-"""The controller is killed after each request that it makes of the API: nothing is ever lost."""
+"""The controller is killed after whatever it asks of the API: nothing is ever lost.
+
+The moments: when a request has changed something, and when another gcloud asks something else than
+the one before. Between them nothing changes, in the cloud or in the controller, which waits.
+"""
 
 import itertools
 import os
@@ -8,22 +12,36 @@ from collections.abc import Mapping
 import pytest
 
 from launch.backends.tpu import ledger
+from tests.testing.tpu_api_methods import Request
 from tests.testing.tpu_muster import TpuMuster
 
-WORKERS = 4  # The requests are shared out among so many tests, which run side by side.
+WORKERS = 3  # The moments are shared out among so many tests, which run side by side.
 QUICK = "import time; time.sleep(3); print('hello')"
 
 
-def kill_after(muster: TpuMuster, index: int) -> bool:
-    """Run, and kill the controller when the API has dealt with its request of this index, before
-    it is answered; False if the run was over before."""
-    api = muster.cloud.api
-    first = len(api.requests)
-    process = muster.start(program=QUICK)
+def is_moment(last: Request | None, request: Request) -> bool:
+    """Whether it differs from what came just before."""
+    if request.changes or last is None:
+        return True
+    asks_else = (request.method, request.path) != (last.method, last.path)
+    return asks_else and request.command != last.command
 
-    def kill(request):
-        if request.index - first >= index and process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
+
+def kill_after(muster: TpuMuster, moment: int) -> bool:
+    """Run, and kill the controller at this moment, before the API's answer is there; False if the
+    run was over before."""
+    api = muster.cloud.api
+    process = muster.start(program=QUICK)
+    moments = 0
+    last: Request | None = None
+
+    def kill(request: Request) -> None:
+        nonlocal moments, last
+        if is_moment(last, request):
+            if moments == moment:
+                os.kill(process.pid, signal.SIGKILL)
+            moments += 1
+        last = request
 
     api.on_request = kill
     try:
@@ -43,20 +61,20 @@ def check_all_is_on_record(killed: Mapping[int, TpuMuster]) -> None:
 
 
 @pytest.mark.parametrize("first", range(WORKERS))
-def test_after_every_request_gc_or_another_run_leaves_nothing(cloud, tmp_path, storage, first):
+def test_after_every_moment_gc_or_another_run_leaves_nothing(cloud, tmp_path, storage, first):
     killed: dict[int, TpuMuster] = {}
-    for index in itertools.count(first, WORKERS):
+    for moment in itertools.count(first, WORKERS):
         muster = TpuMuster(
-            tmp_path / f"after-{index}",
+            tmp_path / f"after-{moment}",
             cloud,
             storage,
             accelerator="v5litepod-4",
             tpu={"poll_seconds": 2.0},
         )
-        if not kill_after(muster, index):
-            assert index > 15, "a whole run makes more requests"
+        if not kill_after(muster, moment):
+            assert moment > 7, "there are more in a whole run"
             break
-        killed[index] = muster
+        killed[moment] = muster
         check_all_is_on_record(killed)
     # One of them goes on; it takes longer, and ends the same way.
     [again, *others] = killed.values()
