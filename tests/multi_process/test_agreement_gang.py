@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import contract, rundir
-from tests.testing import odd
+from tests.testing.configs import odd
 from tests.testing.gangs import ROOT, MusterCommand
 
 TOLD = {
@@ -28,7 +28,7 @@ def test_of_three_processes_the_one_that_differs_is_named_with_what_differs(what
     (stale / "step.py").write_text((ROOT / "trainer/step.py").read_text() + "# Another.\n")
     env = {odd.STALE_CODE: str(stale)}
     muster = MusterCommand(tmp_path, processes_per_host=3, restart={"max_failures": 3}, env=env)
-    done = muster.run(f"--config={ROOT}/tests/testing/odd.py:{what}")
+    done = muster.run(f"--config={ROOT}/tests/testing/configs/odd.py:{what}")
     muster.check_nothing_is_left()
     assert done.returncode == contract.EXIT_CONFIG, done.stderr
     record = muster.attempt()

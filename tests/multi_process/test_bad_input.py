@@ -11,7 +11,7 @@ import pytest
 from tests.testing import tiny
 from tests.testing.gangs import MusterCommand, environment
 
-CONFIG = f"--config={tiny.ROOT}/tests/testing/tiny.py:lm"
+CONFIG = f"--config={tiny.ROOT}/tests/testing/configs/tiny.py:lm"
 
 # Refused before any process is started.
 BEFORE = [

@@ -70,7 +70,7 @@ class Certify(MusterCommand):
 def test_a_sound_training_is_certified_bit_for_bit_and_on_one_process_within_bounds(tmp_path):
     muster = Certify(tmp_path)
     code, said = muster.certify(
-        "broken_tasks.py:sound",
+        "configs/broken.py:sound",
         "--interruptions=save:kill_one,restore:kill,eval:kill_one",
         "--topologies=fewer",
     )
@@ -113,7 +113,7 @@ def test_a_sound_training_is_certified_bit_for_bit_and_on_one_process_within_bou
 def test_a_broken_task_is_caught_and_named(fault, cause, step, words, tmp_path):
     muster = Certify(tmp_path, processes_per_host=1)
     code, said = muster.certify(
-        f"broken_tasks.py:{fault}",
+        f"configs/broken.py:{fault}",
         *("--interruptions=step:kill", "--topologies=none", "--steps=8", "--parallel=2"),
     )
     assert code == contract.EXIT_FAILED, said
@@ -127,7 +127,7 @@ def test_a_broken_task_is_caught_and_named(fault, cause, step, words, tmp_path):
 
 def test_ctrl_c_leaves_nothing_running_and_says_75(tmp_path):
     muster = Certify(tmp_path)
-    process = muster.start_it("tiny.py:witness", "--config.num_steps=100")
+    process = muster.start_it("configs/tiny.py:witness", "--config.num_steps=100")
     progress = muster.workdir / "certify" / "reference" / "run" / "attempts" / "000"
     wait_until(lambda: len(list(progress.glob("*.progress.json"))) == 2, "both processes to start")
     assert len(muster.running()) >= 4  # With their launcher and agent.

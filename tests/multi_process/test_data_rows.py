@@ -124,7 +124,7 @@ def expected_fingerprint(config, spans, batch_size=16):
 def test_a_packed_mixture_goes_on_at_another_number_of_processes_with_other_weights(tmp_path):
     # A file for each source: fewer than there are processes.
     muster, paths = MusterCommand(tmp_path), elastic.write_documents(tmp_path)
-    flags = [f"--config={ROOT}/tests/testing/elastic.py"]
+    flags = [f"--config={ROOT}/tests/testing/configs/elastic.py"]
     flags += [f"--config.data.mixture.{name}.path={path}" for name, path in paths.items()]
     first = muster.run(*flags)
     assert first.returncode == 0, first.stderr

@@ -18,7 +18,7 @@ def test_a_training_goes_on_without_the_host_it_has_lost(tmp_path):
         hosts_min=1,
         restart={"max_preemptions": 1, "backoff_seconds": 0.1, "max_backoff_seconds": 0.1},
     )
-    config = f"--config={ROOT}/tests/testing/tiny.py:witness"
+    config = f"--config={ROOT}/tests/testing/configs/tiny.py:witness"
     flags = ["--config.num_steps=120", "--config.checkpoint.every_steps=20"]
     process = muster.start(config, *flags)
     wait_until((muster.workdir / contract.CHECKPOINTS / "20").is_dir, "a checkpoint")

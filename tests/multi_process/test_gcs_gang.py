@@ -25,7 +25,7 @@ BUCKET = "bucket-2"
 RUN = f"gs://{BUCKET}/runs/a"
 TRAIN = f"""
 import os, sys
-sys.argv = ["trainer.main", "--config={tiny.ROOT}/tests/testing/tiny.py:witness"]
+sys.argv = ["trainer.main", "--config={tiny.ROOT}/tests/testing/configs/tiny.py:witness"]
 sys.argv += os.environ["FLAGS"].split()
 from trainer.main import main
 main()

@@ -29,7 +29,7 @@ class Training(MusterCommand):
         super().__init__(folder, processes_per_host=2, devices_per_process=1)
 
     def train(self, *flags: str, task: str = "around", expect: int = 0) -> str:
-        config = f"--config={tiny.ROOT}/tests/testing/tiny.py:{task}"
+        config = f"--config={tiny.ROOT}/tests/testing/configs/tiny.py:{task}"
         done = self.run(config, *flags)
         text = f"{done.stdout}\n{done.stderr}"
         assert done.returncode == expect, text

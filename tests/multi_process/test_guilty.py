@@ -86,5 +86,5 @@ def test_of_four_processes_that_sum_the_one_with_the_fault_is_named(fault, tmp_p
 @pytest.mark.parametrize("fault", [*faults.AT_START, *faults.IN_LOOP])
 def test_of_four_processes_that_train_the_one_with_the_fault_is_named(fault, tmp_path):
     muster = FourProcesses(tmp_path)
-    config = f"--config={ROOT}/tests/testing/faults.py:{fault}"
+    config = f"--config={ROOT}/tests/testing/configs/faulty.py:{fault}"
     muster.check(muster.run(config), CAUSES_OF_TRAINER[fault], WORDS_OF_TRAINER[fault])

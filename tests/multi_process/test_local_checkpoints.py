@@ -60,7 +60,7 @@ class Run:
         self.folder = folder
         self._starts = 0
         self._flags = (
-            f"--config={tiny.ROOT}/tests/testing/tiny.py:witness --workdir={self.workdir} "
+            f"--config={tiny.ROOT}/tests/testing/configs/tiny.py:witness --workdir={self.workdir} "
             f"--config.num_steps={NUM_STEPS} --config.mesh.fsdp={fsdp} "
             f"--config.checkpoint.every_steps={SHARED} "
         )

@@ -44,7 +44,7 @@ def test_train_and_resume_on_the_newest_interpreter(tmp_path):
         check=True,
     )
     muster = MusterCommand(tmp_path, python=str(venv / "bin" / "python"))
-    config = f"--config={ROOT}/tests/testing/tiny.py:lm"
+    config = f"--config={ROOT}/tests/testing/configs/tiny.py:lm"
     for steps, said in ((3, "compiled the training step"), (6, "resumed from step 3")):
         done = muster.run(config, f"--config.num_steps={steps}")
         text = done.stdout + done.stderr

@@ -15,7 +15,7 @@ from tests.testing.gangs import MusterCommand
 def test_a_flipped_bit_is_found_and_the_process_named(tmp_path, processes, named):
     muster = MusterCommand(tmp_path, processes_per_host=processes)
     program = [sys.executable, "-m", "tests.testing.corrupting"]
-    config = f"--config={tiny.ROOT}/tests/testing/tiny.py:witness"
+    config = f"--config={tiny.ROOT}/tests/testing/configs/tiny.py:witness"
     flags = [f"--workdir={muster.workdir}", "--config.check_replicas_every_steps=2"]
     if processes == 3:
         flags += ["--config.global_batch_size=12"]

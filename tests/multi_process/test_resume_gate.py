@@ -28,7 +28,7 @@ class Mine(tiny.Witness):
 class Training(MusterCommand):
     """A witness whose task is a file of the user's, in the current directory."""
 
-    config = f"--config={tiny.ROOT}/tests/testing/tiny.py:witness"
+    config = f"--config={tiny.ROOT}/tests/testing/configs/tiny.py:witness"
 
     def edit(self, factor: float, comment: str = "") -> None:
         (self.folder / "mine.py").write_text(TASK.format(factor=factor, comment=comment))

@@ -16,7 +16,7 @@ from launch import contract
 from tests.testing import tiny
 from tests.testing.gangs import MusterCommand, command_line
 
-CONFIG = "tests/testing/stalling.py"
+CONFIG = "tests/testing/configs/stalling.py"
 
 
 @pytest.fixture

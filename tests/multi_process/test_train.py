@@ -27,7 +27,7 @@ class Training(MusterCommand):
     def __init__(self, folder: Path, task: str, processes: int = 2, devices: int = 1):
         folder.mkdir(parents=True, exist_ok=True)
         super().__init__(folder, processes_per_host=processes, devices_per_process=devices)
-        self.config = f"--config={tiny.ROOT}/tests/testing/tiny.py:{task}"
+        self.config = f"--config={tiny.ROOT}/tests/testing/configs/tiny.py:{task}"
 
     def train(self, *flags: str, expect: int = 0) -> str:
         """Run to the end; what it printed."""

@@ -15,11 +15,11 @@ from tests.testing.plans import Files
 
 @pytest.fixture
 def muster(tmp_path):
-    """Runs muster with tests/testing/wide.py on four chips; gcloud only notes what it is asked."""
+    """Runs muster with configs/wide.py on four chips; gcloud only notes what it is asked."""
     files = Files(tmp_path)
 
     def run(command, *words):
-        config = f"--config={ROOT}/tests/testing/wide.py"
+        config = f"--config={ROOT}/tests/testing/configs/wide.py"
         argv = [command, config, f"--cluster={files.cluster}", *words]
         env = {**environment(), "PATH": files.path, "MUSTER_CACHE_DIR": str(tmp_path / "cache")}
         return subprocess.run(

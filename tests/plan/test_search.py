@@ -18,7 +18,7 @@ from tests.testing.plans import Files
 
 
 class Searcher:
-    """`muster plan` of tests/testing/wide.py on four chips."""
+    """`muster plan` of tests/testing/configs/wide.py on four chips."""
 
     def __init__(self, folder: Path):
         self.files = Files(folder)
@@ -31,7 +31,7 @@ class Searcher:
         }
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        config = f"--config={ROOT}/tests/testing/wide.py"
+        config = f"--config={ROOT}/tests/testing/configs/wide.py"
         argv = ["-m", "launch", "plan", config, f"--cluster={self.files.cluster}", *words]
         return subprocess.Popen(
             [sys.executable, *argv], cwd=ROOT, env=self._env, text=True,

@@ -13,7 +13,7 @@ from tests.testing.gangs import MusterCommand
 from tests.testing.slurm import SlurmMuster
 from tests.testing.tiny import ROOT
 
-TINY = f"--config={ROOT}/tests/testing/tiny.py"
+TINY = f"--config={ROOT}/tests/testing/configs/tiny.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Tasks that do not resume, each in the way that its name says; `muster certify` must name it.
 
-    muster certify --config=tests/testing/broken_tasks.py:iterator ...
+    muster certify --config=tests/testing/configs/broken.py:iterator ...
 
 `sound` is the same without any fault.
 """
@@ -19,31 +19,12 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.experimental import io_callback
-from ml_collections import ConfigDict
 
 from trainer.data.sources import fixed_order, training_order
 from trainer.task import Task
 
 WIDTH = 8
 NUM_ROWS = 96
-
-
-def get_config(fault: str = "sound") -> ConfigDict:
-    """A short training with one of FAULTS, or `sound`."""
-    optimizer = ConfigDict({"chain": ("adam",), "adam": {"learning_rate": 1e-2}})
-    if fault == "moments":
-        optax.forgetful_momentum = forgetful_momentum  # As somebody's own config file would.
-        optimizer = ConfigDict({"chain": ("forgetful_momentum",), "forgetful_momentum": {}})
-    return ConfigDict(
-        {
-            "task": f"tests.testing.broken_tasks:{FAULTS[fault]}",
-            "seed": 3,
-            "num_steps": 100,
-            "global_batch_size": 16,
-            "optimizer": optimizer,
-            "eval": {"every_steps": 50 if fault == "sound" else 0, "num_batches": 2},
-        }
-    )
 
 
 class Rows:
@@ -160,13 +141,3 @@ def forgetful_momentum() -> optax.GradientTransformation:
         return jax.tree.unflatten(structure, moved), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-FAULTS = {
-    "sound": "Sound",
-    "rng": "UnsavedRng",
-    "iterator": "UnsavedIterator",
-    "set": "SetOrder",
-    "time": "TimeSeeded",
-    "moments": "Sound",
-}

@@ -9,28 +9,13 @@ import grain
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from launch.spec import build
 from tests.testing import tiny
+from tests.testing.configs.elastic import SEQ_LEN
 from trainer.data.records import write_token_records
 from trainer.task import Task
 from trainer.tasks.language_data import DataConfig, LanguageData
-
-SEQ_LEN = 15
-
-
-def get_config() -> ConfigDict:
-    """Usable as `--config=tests/testing/elastic.py`; give it `--config.data.mixture.NAME.path`."""
-    config = tiny.get_config("witness")
-    config.task = "tests.testing.elastic:ElasticWitness"
-    config.num_steps = 3
-    config.data = ConfigDict({"kind": "array_record", "seq_len": SEQ_LEN, "packing": True})
-    config.data.mixture = ConfigDict()
-    config.data.mixture.web = ConfigDict({"path": "", "weight": 0.7})
-    config.data.mixture.web.keep = "tests.testing.elastic:is_kept"
-    config.data.mixture.books = ConfigDict({"path": "", "weight": 0.3})
-    return config
 
 
 def write_documents(directory: Path) -> dict[str, str]:

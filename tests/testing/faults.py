@@ -1,7 +1,7 @@
 """What can befall one process of a gang, on purpose: named faults, and programs that have them.
 
 `muster run ... -- python -m tests.testing.faults FAULT` is a gang that computes a sum over all
-processes at every step; the task `tests.testing.faults:Faulty` is a training. Process 2 is the one
+processes at every step; the task `tests.testing.faulty:Faulty` is a training. Process 2 is the one
 that it befalls.
 """
 
@@ -13,16 +13,11 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import grain
 import numpy as np
 
 from launch import contract
-from tests.testing import tiny
-from trainer.data.sources import training_order
 
 GUILTY = 2
 AT_STEP = 5
@@ -93,45 +88,6 @@ def main(fault: str, num_steps: int = 100_000) -> None:
         contract.report_progress(step, "step")
         assert float(total(ones)) == jax.device_count()
         time.sleep(0.01)
-
-
-class Rows(tiny.Rows):
-    """Rows of which one cannot be had on the guilty process."""
-
-    def __init__(self, num_rows: int, fault: str, first_bad_read: int):
-        super().__init__(num_rows)
-        self._fault = fault
-        self._reads_left = first_bad_read
-
-    def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
-        self._reads_left -= 1
-        if self._reads_left < 0 and is_guilty():
-            befall(self._fault)
-        return super().__getitem__(index)
-
-
-class Faulty(tiny.Witness):
-    """The witness, which reads some batches before it befalls it."""
-
-    def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any]):
-        super().__init__(model, data)
-        if data["fault"] in AT_START and is_guilty():
-            befall(data["fault"])
-
-    def train_data(self, seed: int) -> grain.MapDataset:
-        data = self.data_config
-        return training_order(Rows(data["num_rows"], data["fault"], data["good_reads"]), seed)
-
-
-def get_config(fault: str) -> Any:
-    """A long training with a fault."""
-    config = tiny.get_config("witness")
-    config.task = "tests.testing.faults:Faulty"
-    config.data.fault = fault
-    config.data.good_reads = 9 + 4 * (AT_STEP + 2)  # Nine to know the data again.
-    config.num_steps = 100_000
-    config.checkpoint.every_steps = 2
-    return config
 
 
 if __name__ == "__main__":

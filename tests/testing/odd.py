@@ -1,27 +1,13 @@
-"""Trainings in which one process is not like the others.
-
-`--config=tests/testing/odd.py:start`: process 1 has another config, another version of a package
-and another source file, which lies in the directory STALE_CODE; `:program`: process 0 has another
-training step.
-"""
+"""A witness that is another one on one process; see tests.testing.configs.odd."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from launch import contract
 from tests.testing import tiny
-
-STALE_CODE = "STALE_CODE"  # An environment variable.
-ODD = {"start": 1, "program": 0}
-
-
-def is_odd(what: str, odd: str) -> bool:
-    """Is it this process that differs, and in this?"""
-    return what == odd and os.environ.get(contract.PROCESS_ID) == str(ODD[odd])
+from tests.testing.configs.odd import is_odd
 
 
 class Odd(tiny.Witness):
@@ -36,17 +22,3 @@ class Odd(tiny.Witness):
     def loss(self, model: tiny.Net, batch: Any) -> Any:
         more = 2.0 if is_odd("program", self.data_config["odd"]) else 1.0
         return super().loss(model, batch) * more
-
-
-def get_config(odd: str) -> Any:
-    """`start` or `program`: what one process has otherwise."""
-    config = tiny.get_config("witness")
-    config.task = "tests.testing.odd:Odd"
-    config.data.odd = odd
-    config.global_batch_size = 12
-    if is_odd("start", odd):
-        config.optimizer.adamw.learning_rate = 0.001
-        import trainer
-
-        trainer.__path__.insert(0, os.environ[STALE_CODE])
-    return config

@@ -13,20 +13,6 @@ from launch import contract
 from tests.testing import tiny
 
 
-def get_config(where: str) -> Any:
-    """`--config=tests/testing/stalling.py:compile` and so on; see Stalling."""
-    config = tiny.get_config("witness")
-    config.task = "tests.testing.stalling:Stalling"
-    config.num_steps = 1000
-    config.data.where = where
-    config.data.process = -1  # all
-    config.data.epochs = 2  # of the data; then it stalls, if it is to
-    config.checkpoint.every_steps = 5
-    if where == "eval":
-        config.eval.every_steps = 7
-    return config
-
-
 class Stalling(tiny.Witness):
     """Stalls in `compile`, or when it reads `data` or held-out data (`eval`)."""
 

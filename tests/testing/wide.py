@@ -8,23 +8,8 @@ import grain
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from ml_collections import ConfigDict
 
 from trainer.task import Task
-
-
-def get_config() -> ConfigDict:
-    """20 GiB of params, which only fit a v5e chip when they are split."""
-    return ConfigDict(
-        {
-            "task": "tests.testing.wide:Wide",
-            "num_steps": 3,
-            "global_batch_size": 8,
-            "model": {"width": 1 << 14, "depth": 20},
-            "optimizer": {"chain": ("sgd",), "sgd": {"learning_rate": 0.1}},
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "dcn_data": 1, "dcn_fsdp": 1},
-        }
-    )
 
 
 class Matrices(nnx.Module):

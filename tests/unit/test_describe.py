@@ -9,7 +9,7 @@ from launch.spec import ConfigError
 from tests.testing import tiny
 from trainer.describe import described
 
-CONFIG = f"--config={tiny.ROOT}/tests/testing/tiny.py:lm"
+CONFIG = f"--config={tiny.ROOT}/tests/testing/configs/tiny.py:lm"
 LOCAL = f"--cluster={tiny.ROOT}/configs/cluster/local.py"
 PLAIN = ("--config.optimizer={}",)  # Whatever the file has.
 SGD = {"chain": ("sgd",), "sgd": {"learning_rate": 0.5}}

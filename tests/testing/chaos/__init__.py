@@ -2,6 +2,7 @@
 
 schedule   which fault, when: from a seed, and nothing else. Pure
 storage    a disk of the run's own that can be full, a checkpoint directory that can be read-only
+config     how it is trained
 task       what is trained: its data can be slow, and waits where the schedule has still to act
 hook       a clock that can jump
 world      the run itself: `muster run`, started again whenever it has ended; its processes

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 
 from launch import contract
-from tests.testing.chaos import task
+from tests.testing.chaos import config, task
 from tests.testing.chaos.schedule import NUM_PROCESSES, START_PHASES, Fault
 from tests.testing.chaos.world import Victim, World, variable_of
 
@@ -84,7 +84,7 @@ class Deliverer:
         """A run that is beyond the step of a fault must still come to a save; and not much further,
         or it would be done before its last fault."""
         step = max(self._world.progress(process)[0] for process in range(NUM_PROCESSES))
-        every = task.SAVE_EVERY_STEPS
+        every = config.SAVE_EVERY_STEPS
         self._open_gate((step // every + 1) * every + 1)
 
     def _wait_with_steps(self, condition: Callable[[], object], what: str) -> None:

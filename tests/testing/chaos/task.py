@@ -9,29 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import grain
-from ml_collections import ConfigDict
 
 from launch import contract
 from tests.testing import tiny
+from tests.testing.chaos.config import BATCH_SIZE
 
 CONTROL = "CHAOS_CONTROL"  # The folder of those files; without it data just comes.
 GATE = "gate"  # No batch from this one on may be read.
 SLOW = "slow"  # {"process": 1, "seconds": 0.5}: what one batch takes there.
 CLOCK = "clock"  # By how many seconds the clock is off (hook/sitecustomize).
 FELT = "felt"  # A folder: files that say what was met.
-BATCH_SIZE = 16
-SAVE_EVERY_STEPS = 10
 _PACE_SECONDS = 0.005  # A step takes about so long: it can be hit.
-
-
-def get_config(num_steps: str) -> ConfigDict:
-    """A long row of short steps; `--config=FILE:120` has 120."""
-    config = tiny.get_config("witness")
-    config.task = "tests.testing.chaos.task:Chaotic"
-    config.num_steps = int(num_steps)
-    config.checkpoint.every_steps = SAVE_EVERY_STEPS
-    config.global_batch_size = BATCH_SIZE
-    return config
 
 
 class Chaotic(tiny.Witness):

@@ -16,7 +16,7 @@ from typing import Any
 
 from launch import contract, rundir
 from launch.agent.processes import die_with_parent
-from tests.testing.chaos import schedule, task
+from tests.testing.chaos import config, schedule, task
 from tests.testing.chaos.storage import Disk
 from tests.testing.gangs import environment
 
@@ -84,7 +84,7 @@ class World:
     def start(self) -> None:
         """Start `muster run`."""
         command = [sys.executable, "-m", "launch", "run", f"--workdir={self.run}"]
-        command += [f"--cluster={self._cluster}", f"--config={task.__file__}:{self.num_steps}"]
+        command += [f"--cluster={self._cluster}", f"--config={config.__file__}:{self.num_steps}"]
         env = environment()
         env["PYTHONPATH"] = os.pathsep.join([str(_HOOK), env["PYTHONPATH"]])
         env |= {task.CONTROL: str(self.control), "JAX_PLATFORMS": "cpu"}
