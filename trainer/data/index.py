@@ -20,7 +20,7 @@ import random
 import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -163,26 +163,32 @@ def _read(file: pathlib.Path) -> Index | None:
     """The arrays of a file, mapped; None where there is none. A damaged one is deleted."""
     try:
         with open(file, "rb") as opened:
-            magic, size = opened.read(8), int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(min(size, 1 << 20))) if magic == _MAGIC else None
+            index = _map_all(opened)
     except FileNotFoundError:
         return None
-    except ValueError:
-        header = None
-    if header is not None:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # Cut short, or garbled.
-            arrays = {
-                name: _map(file, dtype, length, 16 + size + offset)
-                for name, (dtype, length, offset) in header["arrays"].items()
-            }
-            if digest_of(arrays) == header["digest"]:
-                return Index(arrays, header["digest"])
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(file)  # It is made again.
+    if index is None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(file)  # It is made again.
+    return index
+
+
+def _map_all(opened: BinaryIO) -> Index | None:
+    """The arrays of an open file; None if it is damaged. By now it may have been unlinked."""
+    magic, size = opened.read(8), int.from_bytes(opened.read(8), "little")
+    if magic != _MAGIC:
+        return None
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # Cut short, or garbled.
+        header = json.loads(opened.read(min(size, 1 << 20)))
+        arrays = {
+            name: _map(opened, dtype, length, 16 + size + offset)
+            for name, (dtype, length, offset) in header["arrays"].items()
+        }
+        if digest_of(arrays) == header["digest"]:
+            return Index(arrays, header["digest"])
     return None
 
 
-def _map(file: pathlib.Path, dtype: str, length: int, offset: int) -> np.ndarray:
+def _map(opened: BinaryIO, dtype: str, length: int, offset: int) -> np.ndarray:
     if length == 0:
         return np.empty(0, dtype)  # Nothing to map.
-    return np.memmap(file, dtype, mode="r", offset=offset, shape=(length,))
+    return np.memmap(opened, dtype, mode="r", offset=offset, shape=(length,))
