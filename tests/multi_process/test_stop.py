@@ -55,6 +55,15 @@ def test_in_a_compilation_all_leave_at_once(stalled, alone):
     assert not list((muster.workdir / contract.CHECKPOINTS).iterdir())
 
 
+def test_in_a_restore_all_leave_at_once_and_what_is_restored_stays(stalled, tmp_path):
+    first = MusterCommand(tmp_path, processes_per_host=1)
+    done = first.run(f"--config={tiny.ROOT}/{CONFIG}:restore", "--config.num_steps=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    muster, out = stalled("restore")
+    assert "told to stop before the loop began: nothing is lost" in out
+    assert int(tiny.read_state(muster.workdir, 1)["model.seen"]) == tiny.fingerprint(1)
+
+
 def test_a_wait_for_data_ends_and_all_that_was_done_is_saved(stalled):
     muster, out = stalled("data")
     found = re.search(r"told to stop: step (\d+) is saved", out)

@@ -11,18 +11,30 @@ import grain
 
 from launch import contract
 from tests.testing import tiny
+from trainer import checkpoint
 
 
 class Stalling(tiny.Witness):
-    """Stalls in `compile`, or when it reads `data` or held-out data (`eval`)."""
+    """Stalls in `restore` or `compile`, or when it reads `data` or held-out data (`eval`)."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        if self.data_config["where"] == "restore":
+            read_step = checkpoint.read_step
+
+            def stall(*args: Any) -> Any:
+                self._stall("restore")
+                return read_step(*args)
+
+            checkpoint.read_step = stall
 
     def _stall(self, where: str) -> None:
         process = int(os.environ.get(contract.PROCESS_ID, "0"))
         if where != self.data_config["where"] or self.data_config["process"] not in (-1, process):
             return
         print(f"stalls in {where}", flush=True)
-        if where == "compile":
-            # As a compiler does: in C, where no Python signal handler can run.
+        if where in ("restore", "compile"):
+            # As storage and compilers do: in C, where no Python signal handler can run.
             libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
             libc.pthread_mutex_lock(mutex)
             libc.pthread_mutex_lock(mutex)
