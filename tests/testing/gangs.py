@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import contract, rundir
+from launch.agent.processes import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 120  # Against hanging only; nothing here is slow.
@@ -45,14 +46,19 @@ class MusterCommand:
     def start(
         self, *flags: str, program: str | None = None, **options: Any
     ) -> subprocess.Popen[str]:
-        """Start it, output and errors in pipes; further options are Popen's."""
+        """Start it, output and errors in pipes; further options are Popen's. It dies with the
+        thread that has called this: an interrupted test leaves nothing."""
         return subprocess.Popen(
             self.command(*flags, program=program),
             cwd=self.folder,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            **{"env": environment(), **options},
+            **{
+                "env": environment(),
+                "preexec_fn": die_with_parent(os.getpid()),
+                **options,
+            },
         )
 
     def run(self, *flags: str, program: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from launch import contract
+from tests.testing.gangs import ROOT
 from trainer.events import Events
 from trainer.metrics import (
     MetricWriter,
@@ -101,14 +103,22 @@ def test_tensorboard_gets_the_same_and_hides_the_killed_runs_steps(tmp_path):
     assert starts == [1, 6]
 
 
-def test_tensorboard_is_not_imported_before_it_is_needed(tmp_path):
+def test_tensorboard_is_not_imported_before_it_is_needed_nor_what_it_needs_for_others(tmp_path):
+    (tmp_path / "boto3.py").write_text("print('boto3 was imported')")
     code = (
         "import sys; from trainer.metrics import MetricWriter; "
         f"w = MetricWriter({str(tmp_path)!r}); print('tensorboardX' in sys.modules); "
-        "w.write(1, {'a': 1.0}); print('tensorboardX' in sys.modules); w.close()"
+        "w.write(1, {'a': 1.0}); print('tensorboardX' in sys.modules); w.close(); import boto3"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True"]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["False", "True", "boto3 was imported"]
 
 
 class Clock:

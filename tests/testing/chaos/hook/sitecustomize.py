@@ -5,7 +5,6 @@ Agents run isolated and do not see this: theirs are hosts whose clocks are right
 """
 
 import os
-import sys
 import time
 
 _LOOK_SECONDS = 0.02
@@ -39,6 +38,4 @@ def _install(control, felt):
 
 _folder = os.environ.get("CHAOS_CONTROL")
 if _folder:
-    # Where it is installed, tensorboardX imports it: two seconds of every start, for nothing.
-    sys.modules["torch"] = None  # type: ignore[assignment]
     _install(os.path.join(_folder, "clock"), os.path.join(_folder, "felt", "clock"))
