@@ -14,6 +14,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.expanduser("~/.cache/muster/tests")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# A user's Python keeps its bytecode; without it each process compiles all of Muster's.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # What tests start is none of the user's runs.
 _STATE = tempfile.TemporaryDirectory(prefix="muster-tests-state-")
 os.environ["MUSTER_STATE_DIR"] = _STATE.name

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 
 from tests.testing import elastic, tiny
+from tests.testing.configs import elastic as elastic_config
 from tests.testing.gangs import ROOT, MusterCommand
 from trainer.data.reader import Reader
 from trainer.task import load_task
@@ -146,7 +147,7 @@ def test_a_packed_mixture_goes_on_at_another_number_of_processes_with_other_weig
     assert "1 process(es)" in second.stdout
     assert "data: the mixture changes at example 48: web 0.7 -> 0.2" in second.stdout
 
-    config = elastic.get_config()
+    config = elastic_config.get_config()
     for name, path in paths.items():
         config.data.mixture[name].path = path
     wanted = expected_fingerprint(config, [(0, 3, 0.7, 0.3), (3, 6, 0.2, 0.3)])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launch import contract
+from launch import contract, rundir
 from tests.testing import tiny
 from tests.testing.gangs import MusterCommand, command_line
 
@@ -28,10 +28,11 @@ def stalled(tmp_path: Path):
         muster = MusterCommand(tmp_path, processes_per_host=processes, **cluster)
         made.append(muster)
         config = (f"--config={tiny.ROOT}/{CONFIG}:{where}", f"--config.data.process={alone}")
+        attempt = len(rundir.attempt_numbers(muster.workdir))
         process = muster.start(*config, *flags)
         for i in range(processes):
             if alone in (-1, i):
-                muster.wait_for(f"stalls in {where}", i)
+                muster.wait_for(f"stalls in {where}", i, attempt)
         if where == "data":  # It is read ahead.
             muster.wait_for("step 10/", 0)
         if "grace_seconds" in cluster:

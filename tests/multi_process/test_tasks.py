@@ -61,7 +61,8 @@ def test_digits_are_told_apart(muster):
 
 
 @pytest.mark.parametrize("name", ["warmup_stable_decay", "inverse_sqrt"])
-def test_a_schedule_that_was_asked_for_is_the_one_that_is_trained_with(name, muster):
+def test_a_schedule_that_was_asked_for_is_the_one_that_is_trained_with(name, tmp_path):
+    muster = MusterCommand(tmp_path, processes_per_host=1)
     train(
         muster,
         f"regression.py:{name}",

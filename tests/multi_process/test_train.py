@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -105,6 +106,20 @@ def straight(tmp_path_factory) -> Training:
     return training
 
 
+@pytest.fixture(scope="module")
+def once_killed(tmp_path_factory) -> Path:
+    """A directory with a run of two processes, all killed after the checkpoint of step 10."""
+    training = Training(tmp_path_factory.mktemp("killed"), "witness")
+    kill_at_10(training)
+    return training.folder
+
+
+@pytest.fixture
+def killed(once_killed: Path, tmp_path: Path) -> None:
+    """That run in this test's own directory."""
+    shutil.copytree(once_killed, tmp_path, dirs_exist_ok=True)
+
+
 def kill_at_10(training: Training) -> None:
     """Start it, and kill every process after its checkpoint of step 10."""
     flags = ["--config.num_steps=1000000", "--config.checkpoint.every_steps=10"]
@@ -131,9 +146,9 @@ def assert_same_state(one: dict, two: dict) -> None:
     assert not different
 
 
+@pytest.mark.usefixtures("killed")
 def test_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(straight, train_in):
     training = train_in("witness")
-    kill_at_10(training)
     text = training.train("--config.num_steps=20")
     assert "resumed from step 10" in text
     one, two = tiny.read_state(straight.workdir, 20), tiny.read_state(training.workdir, 20)
@@ -143,9 +158,9 @@ def test_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(straight, train_
     assert training.metrics() == pytest.approx(straight.metrics(), rel=0, abs=0)
 
 
+@pytest.mark.usefixtures("killed")
 @pytest.mark.parametrize("processes", [1, 4])
 def test_saved_on_2_processes_goes_on_with_the_same_rows_on(processes, straight, train_in):
-    kill_at_10(train_in("witness"))
     training = train_in("witness", processes)
     training.train("--config.num_steps=20")
     one, two = tiny.read_state(straight.workdir, 20), tiny.read_state(training.workdir, 20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from launch import contract, rundir
-from launch.agent.processes import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
+# The kernel's doing: Python's own way, preexec_fn, is not safe in a process with JAX's threads.
+_DIE_WITH_US = ["setpriv", "--pdeathsig=KILL"] if shutil.which("setpriv") else []
 TIMEOUT_SECONDS = 120  # Against hanging only; nothing here is slow.
 
 
@@ -49,16 +51,12 @@ class MusterCommand:
         """Start it, output and errors in pipes; further options are Popen's. It dies with the
         thread that has called this: an interrupted test leaves nothing."""
         return subprocess.Popen(
-            self.command(*flags, program=program),
+            [*_DIE_WITH_US, *self.command(*flags, program=program)],
             cwd=self.folder,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            **{
-                "env": environment(),
-                "preexec_fn": die_with_parent(os.getpid()),
-                **options,
-            },
+            **{"env": environment(), **options},
         )
 
     def run(self, *flags: str, program: str | None = None) -> subprocess.CompletedProcess[str]:

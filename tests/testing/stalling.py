@@ -17,8 +17,8 @@ from trainer import checkpoint
 class Stalling(tiny.Witness):
     """Stalls in `restore` or `compile`, or when it reads `data` or held-out data (`eval`)."""
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(self, model: Any, data: Any):
+        super().__init__(model, data)
         if self.data_config["where"] == "restore":
             read_step = checkpoint.read_step
 

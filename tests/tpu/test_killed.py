@@ -15,7 +15,7 @@ from launch.backends.tpu import ledger
 from tests.testing.tpu_api_methods import Request
 from tests.testing.tpu_muster import TpuMuster
 
-WORKERS = 3  # The moments are shared out among so many tests, which run side by side.
+WORKERS = 2  # The moments are shared out among so many tests, which run side by side.
 QUICK = "import time; time.sleep(3); print('hello')"
 
 

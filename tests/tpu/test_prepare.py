@@ -4,9 +4,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-from tests.testing.tpu_cloud import TYPE, ZONE
+from tests.testing.tpu_cloud import ZONE
 from tests.testing.tpu_muster import TpuMuster
 
+TWO_HOSTS = "v4-16"
 SAYS = """
 import os, sys, tiny_package, helper
 print("package", tiny_package.WORD, "helper", helper.WORD, sys.prefix, flush=True)
@@ -43,7 +44,7 @@ def make_wheel(folder: Path) -> str:
 def test_what_a_host_has_already_is_not_brought_again_and_a_node_of_the_users_stays(
     cloud, tmp_path, storage
 ):
-    cloud.api.add_node(ZONE, "mine", TYPE)
+    cloud.api.add_node(ZONE, "mine", TWO_HOSTS)
     before = dict(cloud.api.nodes[ZONE, "mine"])
     folder = tmp_path / "code"
     folder.mkdir()
@@ -54,6 +55,7 @@ def test_what_a_host_has_already_is_not_brought_again_and_a_node_of_the_users_st
         folder,
         cloud,
         storage,
+        accelerator=TWO_HOSTS,
         setup=("echo setting up on $HOSTNAME; echo once >>$MARK",),
         env={"MARK": "/tmp/mark"},
         tpu={"nodes": ("mine",), "packages": (f"./{wheel}",), "constraints": "constraints.txt"},
@@ -66,19 +68,19 @@ def test_what_a_host_has_already_is_not_brought_again_and_a_node_of_the_users_st
     done = muster.run("--process=all", program=SAYS)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert sum("package installed helper first" in line for line in lines) == 4
-    assert sum("set up ['once']" in line for line in lines) == 4
-    assert "set-up run on 4" in done.stderr
+    assert sum("package installed helper first" in line for line in lines) == 2
+    assert sum("set up ['once']" in line for line in lines) == 2
+    assert "set-up run on 2" in done.stderr
     logs = [path.read_text() for path in (muster.workdir / "setup").iterdir()]
-    assert len(logs) == 4
+    assert len(logs) == 2
     assert all("setting up on t1v-n-" in log and "tiny-package" in log for log in logs)
 
     (folder / "helper.py").write_text("WORD = 'second'\n")
     muster.workdir = folder / "another"
     again = muster.run("--process=all", program=SAYS)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("helper second") == 4
-    assert again.stdout.count("set up ['once']") == 4
+    assert again.stdout.count("helper second") == 2
+    assert again.stdout.count("set up ['once']") == 2
     assert "set-up run on 0" in again.stderr
     sent = [int(run.stderr.partition("ready: ")[2].split()[0]) for run in (done, again)]
     assert sent[0] > 500, "Muster itself goes along"
@@ -122,6 +124,7 @@ def test_in_a_container_everything_runs_in_it(cloud, tmp_path, storage):
         tmp_path / "code",
         cloud,
         storage,
+        accelerator=TWO_HOSTS,
         env={"API_TOKEN": "s3cret"},
         tpu={"container": "my-image:1", "container_python": sys.executable},
     )
@@ -130,7 +133,7 @@ def test_in_a_container_everything_runs_in_it(cloud, tmp_path, storage):
         program="import os; print(os.environ['API_TOKEN'], open('/tmp/docker-was-asked').read())",
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("s3cret run --rm --init --privileged --network=host") == 4
-    assert done.stdout.count("s3cret") == 4, "it is not on docker's command line"
-    assert done.stdout.count(f"--name muster-{muster.run_id}-0 ") == 4
+    assert done.stdout.count("s3cret run --rm --init --privileged --network=host") == 2
+    assert done.stdout.count("s3cret") == 2, "it is not on docker's command line"
+    assert done.stdout.count(f"--name muster-{muster.run_id}-0 ") == 2
     assert muster.there() == []
