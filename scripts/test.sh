@@ -14,4 +14,4 @@ if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
 # Several at once: gangs mostly wait, for one another or for a limit to be over.
 .venv/bin/python -m pytest -q -n 2 tests/unit
 .venv/bin/python -m pytest -q -n 2 tests/transformations
-.venv/bin/python -m pytest -q -n 3 --dist worksteal --durations=15 --ignore=tests/unit --ignore=tests/transformations
+.venv/bin/python -m pytest -q -n 4 --dist worksteal --durations=15 --ignore=tests/unit --ignore=tests/transformations

@@ -28,15 +28,26 @@ for _number in (signal.SIGINT, signal.SIGHUP):
         )
 
 
-# What takes longest goes first, so that no worker is left with it when the others are done.
+# What takes longest, or waits most; all workers begin with some of it.
 _LONG = ("tests/multi_process/test_chaos", "tests/tpu/test_killed", "tests/tpu/", "tests/slurm/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put long tests first; among them, and the rest, the order stays."""
+    """Give each worker long tests first, and then neighbours, which share fixtures.
+
+    A worker gets a stretch of the list, and when it is done a part of another's
+    (`--dist worksteal`).
+    """
 
     def place(item: pytest.Item) -> int:
         starts = [i for i, start in enumerate(_LONG) if item.nodeid.startswith(start)]
         return min(starts, default=len(_LONG))
 
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     items.sort(key=place)
+    num_long = sum(place(item) < len(_LONG) for item in items)
+    long, short = items[:num_long], items[num_long:]
+    cuts = [len(short) * i // workers for i in range(workers + 1)]
+    items[:] = [
+        item for i in range(workers) for item in (*long[i::workers], *short[cuts[i] : cuts[i + 1]])
+    ]

@@ -48,7 +48,7 @@ def befall(fault: str) -> None:
 
 def _eat_memory() -> None:
     """Ask for memory until the limit of this process refuses it."""
-    time.sleep(1.0)  # A save that is still being written would meet the limit first.
+    time.sleep(1.0)  # What is just being started would meet the limit first.
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), before[1]))
