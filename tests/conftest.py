@@ -10,10 +10,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # Tests compile much and compute little: without LLVM's optimizations they take a fifth of the time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-# What they compile is kept from one run of the tests to the next, and shared by those side by side.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.expanduser("~/.cache/muster/tests")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # A user's Python keeps its bytecode; without it each process compiles all of Muster's.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # What tests start is none of the user's runs.

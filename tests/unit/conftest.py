@@ -1,0 +1,5 @@
+"""Compiled programs are kept."""
+
+from tests.testing import compiled
+
+compiled.keep()
