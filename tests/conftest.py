@@ -12,6 +12,7 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 # A user's Python keeps its bytecode; without it each process compiles all of Muster's.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ["TPU_LOG_DIR"] = "disabled"  # Wherever libtpu is loaded, it would leave logs in /tmp.
 # What tests start is none of the user's runs.
 _STATE = tempfile.TemporaryDirectory(prefix="muster-tests-state-")
 os.environ["MUSTER_STATE_DIR"] = _STATE.name
