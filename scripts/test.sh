@@ -11,7 +11,7 @@ scripts/test_packages.sh
 .venv/bin/ruff check --quiet .
 .venv/bin/mypy
 if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
-# Several at once: gangs mostly wait, for one another or for a limit to be over.
+# Several at once: some tests wait, for SLURM or for a limit to be over, while others start gangs.
 .venv/bin/python -m pytest -q -n 2 tests/unit
 .venv/bin/python -m pytest -q -n 2 tests/transformations
 .venv/bin/python -m pytest -q -n 4 --dist worksteal --durations=15 --ignore=tests/unit --ignore=tests/transformations

@@ -58,7 +58,7 @@ def test_a_training_that_is_put_back_resumes_from_its_checkpoint(slurm, tmp_path
 def test_who_edits_the_config_meanwhile_does_not_change_a_queued_job(slurm, tmp_path, losses):
     muster = SlurmMuster(tmp_path, devices_per_process=2)
     config = tmp_path / "mine.py"
-    config.write_text("from tests.testing.tiny import get_config\n")
+    config.write_text("from tests.testing.configs.tiny import get_config\n")
     options = ["-N4", "--exclusive", "-t10", "--output=/dev/null"]
     other = slurm.command("sbatch", "--parsable", *options, "--wrap=sleep 600").strip()
     started = muster.start(f"--config={config}", "--config.num_steps=8")

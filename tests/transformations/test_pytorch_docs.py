@@ -17,7 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from launch.spec import load_config, train_spec
-from tests.testing.tiny import get_config
+from tests.testing.configs.tiny import get_config
 from trainer.models.transformer_config import TransformerConfig
 from trainer.optimizer import check_update, make_optimizer
 from trainer.param_paths import param_path
@@ -155,7 +155,7 @@ def test_every_flag_of_the_optimizer_page_is_taken(tmp_path):
     file = tmp_path / "config.py"
     file.write_text(
         "from ml_collections import ConfigDict\n"
-        "from tests.testing.tiny import get_config as tiny\n\n\n"
+        "from tests.testing.configs.tiny import get_config as tiny\n\n\n"
         "def get_config():\n"
         "    config = tiny()\n"
         "    config.optimizer = ConfigDict()\n"

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import itertools
+import json
 import os
 import time
 
@@ -178,6 +179,20 @@ def test_those_who_need_an_index_share_the_pass_over_the_data(directory, monkeyp
     # Each alone would read 2,000; together they read each chunk once, or a few of them twice.
     assert sum(count for _, count in found) < 4000
     assert len(os.listdir(directory)) == 1
+
+
+def test_an_index_that_is_deleted_while_it_is_read_is_read_whole(tmp_path, monkeypatch):
+    index._write(tmp_path / "part", {"a": np.arange(5)})
+    loads = json.loads
+
+    def deleted_meanwhile(text):
+        (tmp_path / "part").unlink()
+        return loads(text)
+
+    monkeypatch.setattr(index.json, "loads", deleted_meanwhile)
+    assert index._read(tmp_path / "part").arrays["a"].tolist() == [0, 1, 2, 3, 4]
+    monkeypatch.undo()
+    assert index._read(tmp_path / "part") is None
 
 
 def test_packed_rows_of_files_and_records(tmp_path):
