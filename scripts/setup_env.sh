@@ -34,10 +34,8 @@ wanted=$(cat setup.py constraints.txt | cksum; "$venv/bin/python" --version; pwd
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
   echo "installing Muster${extras:+ with extra '$extras'} into $venv (about a minute) ..." >&2
   # compat: a plain .pth entry; the newer import hook costs every start of Python some time.
-  # Bytecode is made afterwards, by all cores; what is no Python 3, such as templates, has none.
-  "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check \
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     --constraint constraints.txt --config-settings editable_mode=compat \
     --editable ".${extras:+[$extras]}"
-  "$venv/bin/python" -m compileall -qq -j 0 "$venv"/lib/python*/site-packages || true
   printf '%s' "$wanted" > "$stamp"
 fi
